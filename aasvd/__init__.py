@@ -5,6 +5,7 @@ imported (before or after this package), the checkpoint format `aasvd` is regist
 `AutoModelForCausalLM.from_pretrained` opens a compressed model like any other.
 """
 
+import importlib
 from types import ModuleType
 
 import wrapt
@@ -13,9 +14,9 @@ __version__ = "0.1.0"
 
 
 def _register(_module: ModuleType) -> None:
-    from aasvd import checkpoint
-
-    checkpoint.register()
+    # The module registers the format at its end. It may itself be what is importing transformers just
+    # now; it is incomplete then, and still registers when it is done.
+    importlib.import_module("aasvd.checkpoint")
 
 
 wrapt.register_post_import_hook(_register, "transformers.quantizers.auto")

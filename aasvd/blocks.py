@@ -1,0 +1,267 @@
+"""The decoder blocks of any Hugging Face model, one at a time: the only module that knows model classes.
+
+Nothing here is specific to an architecture (design section 5). The model is built without weights, its
+blocks are found as the longest list of equal modules, a block's weights are read when it is needed, its
+keyword arguments (rotary embeddings, masks, per-layer differences) are recorded by letting the model
+call stand-ins, and linears that read the same tensor are found by watching one call without data.
+"""
+
+import contextlib
+import copy
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import init_empty_weights
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from aasvd.artifacts import DamagedArtifactError, read_json, remake_command
+
+
+class Source:
+    """A dense model on disk, read one tensor at a time, each verified against its recorded checksum."""
+
+    def __init__(self, path: Path) -> None:
+        """Open the model that a `source.json` describes."""
+        record = read_json(path)
+        self._path = path
+        self.folder = path.parent / record["folder"]
+        self.tensors: dict[str, dict[str, Any]] = record["tensors"]
+
+    def read(self, name: str) -> Tensor:
+        """Return one tensor in its stored type.
+
+        Raises:
+            ValueError: If the model's files have no such tensor.
+            DamagedArtifactError: If its bytes are not those that were fetched.
+        """
+        if name not in self.tensors:
+            raise ValueError(f"{self.folder} has no tensor {name}; it has e.g. {', '.join(sorted(self.tensors)[:3])}")
+        entry = self.tensors[name]
+        file = self.folder / entry["file"]
+        remedy = f"fetch it again with\n    {remake_command(self._path)}"
+        if not file.exists():
+            raise DamagedArtifactError(f"{file} is missing; {remedy}")
+        with safe_open(file, framework="pt") as stream:
+            tensor: Tensor = stream.get_tensor(name)
+        if hashlib.sha256(tensor.view(torch.uint8).numpy().data).hexdigest() != entry["sha256"]:
+            raise DamagedArtifactError(f"{file} is damaged: tensor {name} is not the one that was fetched; {remedy}")
+        return tensor
+
+    def find(self, name: str, *, prefix: str) -> str | None:
+        """Return the name under which the files hold a parameter: with or without the base model's prefix."""
+        alternatives = (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}")
+        return next((alternative for alternative in alternatives if alternative in self.tensors), None)
+
+
+class Skeleton(NamedTuple):
+    """A model without weights.
+
+    Attributes:
+        model: All parameters on the meta device; buffers such as rotary frequencies are real.
+        blocks: Its decoder blocks.
+        path: The blocks' name in the model, such as `model.layers`.
+    """
+
+    model: PreTrainedModel
+    blocks: nn.ModuleList
+    path: str
+
+
+def skeleton(folder: Path) -> Skeleton:
+    """Build a model without weights from its configuration and find its decoder blocks.
+
+    Raises:
+        ValueError: If the model has no list of equal blocks, or its blocks hold no linear layer.
+    """
+    config = AutoConfig.from_pretrained(folder)
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config)
+    model.eval()
+    lists = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len({type(child) for child in module}) == 1
+    }
+    if not lists:
+        raise ValueError(f"{folder}: {type(model).__name__} has no decoder blocks (no list of equal modules)")
+    path = max(lists, key=lambda name: len(lists[name]))
+    if not linears(lists[path][0]):
+        raise ValueError(f"{folder}: the blocks {path} of {type(model).__name__} hold no linear layer")
+    return Skeleton(model, lists[path], path)
+
+
+def linears(block: nn.Module) -> dict[str, nn.Linear]:
+    """Return a block's linear layers by their name in the block."""
+    return {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+
+
+def load_block(source: Source, parts: Skeleton, index: int, *, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """Return block `index` with its weights, on a device and in a float type of one's choice."""
+    block = copy.deepcopy(parts.blocks[index])
+    state = {
+        name: _read(source, parts, f"{parts.path}.{index}.{name}").to(device, dtype)
+        for name, _ in block.named_parameters()
+    }
+    block.load_state_dict(state, strict=False, assign=True)
+    return block.to(device)
+
+
+def _read(source: Source, parts: Skeleton, name: str) -> Tensor:
+    return source.read(source.find(name, prefix=parts.model.base_model_prefix) or name)
+
+
+class Entrance(NamedTuple):
+    """What reaches the first block, and the keyword arguments of every block.
+
+    Attributes:
+        hidden: (sequences, tokens, width).
+        arguments: One mapping per block; tensors in it have batch size 1 and broadcast.
+    """
+
+    hidden: Tensor
+    arguments: list[dict[str, Any]]
+
+
+@contextlib.contextmanager
+def _stand_ins(parts: Skeleton, calls: list[tuple[Tensor, dict[str, Any]]]) -> Iterator[None]:
+    """Let every block record how it is called and return its input; the blocks stay what they are."""
+
+    def stand_in(hidden_states: Tensor, **arguments: Any) -> Tensor:
+        calls.append((hidden_states, arguments))
+        return hidden_states
+
+    for block in parts.blocks:
+        block.forward = stand_in
+    try:
+        yield
+    finally:
+        for block in parts.blocks:
+            del block.forward
+
+
+# Not inference mode: the recorded tensors also take part in training.
+@torch.no_grad()
+def _enter(parts: Skeleton, tokens: Tensor) -> Entrance:
+    calls: list[tuple[Tensor, dict[str, Any]]] = []
+    decoder = parts.model.base_model
+    with _stand_ins(parts, calls):
+        decoder(input_ids=tokens, use_cache=False)
+    if len(calls) != len(parts.blocks):
+        raise ValueError(
+            f"{type(parts.model).__name__} called {len(calls)} of its {len(parts.blocks)} blocks; "
+            "only models that call every block once, in order, can be compressed"
+        )
+    return Entrance(calls[0][0], [arguments for _, arguments in calls])
+
+
+def embed(source: Source, parts: Skeleton, tokens: Sequence[Tensor], *, dtype: torch.dtype) -> Iterator[Tensor]:
+    """Yield what reaches the first block for each batch of token ids, (sequences, tokens, width), on the host.
+
+    Raises:
+        ValueError: If a block's keyword arguments depend on the tokens, which the pipeline cannot reproduce.
+    """
+    state = {
+        name: _read(source, parts, name).to(dtype)
+        for name, _ in parts.model.named_parameters()
+        if not name.startswith(f"{parts.path}.") and source.find(name, prefix=parts.model.base_model_prefix)
+    }
+    model = copy.deepcopy(parts.model)
+    model.load_state_dict(state, strict=False, assign=True)
+    filled = _fill(Skeleton(model, model.get_submodule(parts.path), parts.path), dtype)  # type: ignore[arg-type]
+    expected = forward_arguments(parts, tokens=tokens[0].shape[1], device=torch.device("cpu"), dtype=dtype)
+    for batch in tokens:
+        entrance = _enter(filled, batch)
+        if not _equal(_enter(filled, batch[:1]).arguments, expected):
+            raise ValueError(
+                f"the blocks of {type(model).__name__} are called with arguments that depend on the tokens; "
+                "such models cannot be compressed block by block"
+            )
+        yield entrance.hidden
+
+
+def forward_arguments(
+    parts: Skeleton, *, tokens: int, device: torch.device, dtype: torch.dtype
+) -> list[dict[str, Any]]:
+    """Return every block's keyword arguments for sequences of a given length.
+
+    They depend on positions only (`embed` checks it), so the embeddings may be zeros.
+
+    Args:
+        parts: The model without weights.
+        tokens: Length of the sequences.
+        device: Where the arguments' tensors go.
+        dtype: Float type of the activations.
+    """
+    model = copy.deepcopy(parts.model)
+    filled = _fill(Skeleton(model, model.get_submodule(parts.path), parts.path), dtype)  # type: ignore[arg-type]
+    arguments = _enter(filled, torch.zeros(1, tokens, dtype=torch.long)).arguments
+    return [place(mapping, device=device, dtype=dtype) for mapping in arguments]
+
+
+def _fill(parts: Skeleton, dtype: torch.dtype) -> Skeleton:
+    """Give parameters that have no weights zeros of no size in memory, so that the model can be called."""
+    zero = torch.zeros((), dtype=dtype)
+    for name, parameter in list(parts.model.named_parameters()):
+        if parameter.is_meta and not name.startswith(f"{parts.path}."):
+            owner, _, leaf = name.rpartition(".")
+            empty = nn.Parameter(zero.expand(parameter.shape), requires_grad=False)
+            setattr(parts.model.get_submodule(owner), leaf, empty)
+    return parts
+
+
+def place(arguments: Mapping[str, Any], *, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """Move the tensors in a block's keyword arguments to a device, and the floats among them to a type."""
+    return tree_map_only(
+        Tensor, lambda t: t.to(device, dtype if t.is_floating_point() else t.dtype), dict(arguments)
+    )
+
+
+def _equal(first: object, second: object) -> bool:
+    if isinstance(first, Tensor) and isinstance(second, Tensor):
+        return first.shape == second.shape and bool((first == second).all())
+    if isinstance(first, Mapping) and isinstance(second, Mapping):
+        return first.keys() == second.keys() and all(_equal(first[key], second[key]) for key in first)
+    if isinstance(first, list | tuple) and isinstance(second, list | tuple):
+        return len(first) == len(second) and all(map(_equal, first, second))
+    return type(first) is type(second) and (first is second or first == second)
+
+
+def groups(parts: Skeleton, index: int, *, arguments: Mapping[str, Any], width: int, tokens: int) -> list[list[str]]:
+    """Return the names of a block's linears, grouped by the tensor they read, in the order they are called.
+
+    Found by calling the block on the meta device, without data: linears that receive the same tensor
+    object form a group (q, k, v; gate, up). A linear that is not called is in no group and stays dense.
+    """
+    block = parts.blocks[index]
+    meta = torch.device("meta")
+    seen: list[tuple[Tensor, list[str]]] = []
+
+    def watch(name: str) -> Any:
+        def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            for tensor, names in seen:
+                if tensor is inputs[0]:
+                    names.append(name)
+                    return
+            seen.append((inputs[0], [name]))
+
+        return hook
+
+    handles = [module.register_forward_pre_hook(watch(name)) for name, module in linears(block).items()]
+    dtype = next(block.parameters()).dtype
+    try:
+        with torch.inference_mode():
+            block(
+                torch.empty(1, tokens, width, dtype=dtype, device=meta),
+                **place(arguments, device=meta, dtype=dtype),
+            )
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [names for _, names in seen]

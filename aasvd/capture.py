@@ -1,0 +1,73 @@
+"""Record what named linear layers of a block read, and nothing after them."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+from torch import Tensor, nn
+
+
+class Recorder:
+    """The latest input of one group of linears."""
+
+    def __init__(self) -> None:
+        """Start empty."""
+        self.inputs: Tensor | None = None
+
+    def take(self) -> Tensor:
+        """Return the recorded tensor, shape (..., features), and forget it."""
+        assert self.inputs is not None, "the block was not called"
+        inputs, self.inputs = self.inputs, None
+        return inputs
+
+
+@contextlib.contextmanager
+def recording(block: nn.Module, groups: Sequence[Sequence[str]], index: int) -> Iterator[Recorder]:
+    """Record the input of group `index` while the block is called; groups from there on do no work.
+
+    A pass cannot be stopped without raising, so the linears that come later return zeros of no size in
+    memory instead: what remains of the pass behind them is elementwise and costs little.
+
+    Args:
+        block: A block, original or partly compressed.
+        groups: Names of its linears in the order they are called.
+        index: The group to record.
+    """
+    recorder = Recorder()
+
+    def record(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        recorder.inputs = inputs[0]
+
+    idle = [block.get_submodule(name) for group in groups[index:] for name in group]
+    handle = idle[0].register_forward_pre_hook(record)
+    try:
+        for module in idle:
+            module.forward = _zeros(module.out_features)  # type: ignore[method-assign, assignment, arg-type]
+        yield recorder
+    finally:
+        handle.remove()
+        for module in idle:
+            del module.forward
+
+
+def _zeros(features: int) -> object:
+    def forward(x: Tensor) -> Tensor:
+        return x.new_zeros(()).expand(*x.shape[:-1], features)
+
+    return forward
+
+
+@contextlib.contextmanager
+def watching(block: nn.Module, groups: Sequence[Sequence[str]]) -> Iterator[list[Tensor]]:
+    """Collect the inputs of all groups, in their order, during ordinary calls of a block."""
+    inputs: list[Tensor] = []
+
+    def record(_module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        inputs.append(arguments[0])
+
+    handles = [block.get_submodule(group[0]).register_forward_pre_hook(record) for group in groups]
+    try:
+        yield inputs
+    finally:
+        for handle in handles:
+            handle.remove()
+        inputs.clear()

@@ -1,0 +1,503 @@
+"""The checkpoint: an ordinary Hugging Face folder whose linears are stored as factors.
+
+`config.json` says which linears are factored, and to which rank, under `quantization_config`. Once this
+module is registered with transformers (importing `aasvd` is enough), `from_pretrained` puts a
+`LowRankLinear` in the place of each of them before it reads the weights; model code stays transformers'
+own and nothing from the folder is executed. transformers only warns about absent, left-over or misshapen
+tensors, and fills the gaps at random; here the safetensors headers are compared with the model first and
+each such difference is an error.
+"""
+
+import contextlib
+import inspect
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from aasvd.artifacts import DamagedArtifactError, digest, remake_command
+from aasvd.lowrank import LowRankLinear
+
+METHOD = "aasvd"
+FORMAT_VERSION = 1
+STORAGES = ("factors",)
+CHECKSUMS = "SHA256SUMS"
+TOKENIZER_FILES = (
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "merges.txt",
+    "sentencepiece.bpe.model",
+    "special_tokens_map.json",
+    "spiece.model",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+)
+
+# safetensors' names of the types, in the order in which its serializer sorts them, last type first.
+_SAFETENSORS_NAMES = {
+    torch.bool: "BOOL",
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.int16: "I16",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int32: "I32",
+    torch.float32: "F32",
+    torch.float64: "F64",
+    torch.int64: "I64",
+}
+
+
+class StoredTensor(NamedTuple):
+    """What a safetensors header says of one tensor."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class AasvdConfig(QuantizationConfigMixin):
+    """The `quantization_config` of a compressed model.
+
+    Attributes:
+        ranks: Rank of each factored linear, by its module name in the causal language model.
+        storage: How a factored linear is stored; `factors`: u (out, rank) and v (rank, in).
+        format_version: Version of this layout.
+        details: Where the numbers come from: method, objective, ratio and so on; not interpreted here.
+    """
+
+    def __init__(
+        self,
+        *,
+        ranks: Mapping[str, int] | None = None,
+        storage: str = "factors",
+        format_version: int | None = None,
+        details: Mapping[str, object] | None = None,
+        quant_method: str = METHOD,
+        **unknown: object,
+    ) -> None:
+        """Check every field, since they may come from anybody's config.json.
+
+        Raises:
+            ValueError: If a field is missing, unknown or of the wrong type, or its value is not supported.
+        """
+        if quant_method != METHOD:
+            raise ValueError(f"quantization_config.quant_method is {quant_method!r}: expected {METHOD!r}")
+        if type(format_version) is not int or format_version != FORMAT_VERSION:
+            raise ValueError(
+                f"quantization_config.format_version is {format_version!r}: this version of aasvd reads "
+                f"{FORMAT_VERSION}"
+            )
+        if unknown:
+            raise ValueError(f"quantization_config has the unknown key {min(unknown)!r}")
+        if storage not in STORAGES:
+            raise ValueError(
+                f"quantization_config.storage is {storage!r}: expected one of {', '.join(STORAGES)}"
+            )
+        if not isinstance(ranks, Mapping):
+            raise ValueError(
+                f"quantization_config.ranks is {ranks!r}: expected an object of module names and ranks"
+            )
+        for name, rank in ranks.items():
+            if type(rank) is not int or rank < 1:
+                raise ValueError(
+                    f"quantization_config.ranks[{name!r}] is {rank!r}: expected a positive integer"
+                )
+        if not isinstance(details, Mapping | None):
+            raise ValueError(f"quantization_config.details is {details!r}: expected an object")
+        self.quant_method = METHOD
+        self.format_version = format_version
+        self.storage = storage
+        self.ranks = dict(ranks)
+        self.details = dict(details or {})
+
+
+class AasvdQuantizer(HfQuantizer):
+    """Lets transformers load, save, train and compile a compressed model.
+
+    The factors are ordinary parameters in the type and on the device that `from_pretrained` was asked for.
+    """
+
+    # Factors come from a checkpoint; transformers refuses by itself to "quantize" a dense model on the fly.
+    requires_calibration = True
+
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: Sequence[str] | None = None, **kwargs: object
+    ) -> Any:
+        """Put the low-rank modules in place and compare the model with the files it will be read from."""
+        if not checkpoint_files or not all(str(file).endswith(".safetensors") for file in checkpoint_files):
+            raise ValueError(
+                "a compressed model is read from the safetensors files of its folder, "
+                f"not from {checkpoint_files}"
+            )
+        name = type(model).__name__
+        own = name in (model.config.architectures or [name])
+        # A model without head (AutoModel) has the names of the causal model less its backbone's prefix.
+        prefix = f"{model.base_model_prefix}." if model.base_model is model and not own else ""
+        ranks = self.quantization_config.ranks
+        replace_linears(
+            model,
+            {key.removeprefix(prefix): rank for key, rank in ranks.items() if key.startswith(prefix)},
+        )
+        expected = {prefix + key: tensor for key, tensor in saved_tensors(model).items()}
+        stored = stored_tensors([Path(file) for file in checkpoint_files])
+        # Under another head than the stored one, transformers starts the new head and drops the old one, as
+        # with any checkpoint; only the factors have no start of their own.
+        required = set(expected) if own else {key for key in expected if _module(key) in ranks}
+        folder = Path(checkpoint_files[0]).parent
+        if missing := sorted(required - set(stored)):
+            raise ValueError(f"{folder} lacks {len(missing)} tensors of {name}, the first is {missing[0]}")
+        if own and (unexpected := sorted(set(stored) - set(expected))):
+            raise ValueError(
+                f"{folder} holds {len(unexpected)} tensors that {name} does not have, "
+                f"the first is {unexpected[0]}"
+            )
+        for key in expected.keys() & stored.keys():
+            _check_stored(key, expected[key], stored[key])
+        return model
+
+    def is_serializable(self) -> bool:
+        """Say that `save_pretrained` works: parameters and config.json hold everything."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Say that adapters may be trained on the model."""
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """Say that the model's own parameters may be trained: the factors are ordinary ones."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """Say that the model may be compiled."""
+        return True
+
+
+def register() -> None:
+    """Make transformers know the format; calling it again changes nothing."""
+    if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        register_quantization_config(METHOD)(AasvdConfig)
+    if METHOD not in AUTO_QUANTIZER_MAPPING:
+        register_quantizer(METHOD)(AasvdQuantizer)
+
+
+def replace_linears(model: nn.Module, ranks: Mapping[str, int]) -> None:
+    """Put an empty `LowRankLinear` in the place of each named linear of a model, in its type and device.
+
+    Raises:
+        ValueError: If a name is not that of a linear of the model, its weight is tied to another module's,
+            or a rank exceeds the sizes of its linear.
+    """
+    modules = dict(model.named_modules())
+    tied = getattr(model, "all_tied_weights_keys", {})
+    for name, rank in ranks.items():
+        linear = modules.get(name)
+        if not isinstance(linear, nn.Linear):
+            found = "does not have" if linear is None else f"has as {type(linear).__name__}, not as nn.Linear"
+            raise ValueError(f"ranks name the module {name!r}, which {type(model).__name__} {found}")
+        if f"{name}.weight" in tied or f"{name}.weight" in tied.values():
+            raise ValueError(f"ranks name the module {name!r}, whose weight is tied to another module's")
+        if rank > min(linear.in_features, linear.out_features):
+            raise ValueError(
+                f"rank {rank} of {name!r} exceeds the smaller side of its weight "
+                f"{linear.out_features} x {linear.in_features}"
+            )
+        low_rank = LowRankLinear(
+            linear.in_features,
+            linear.out_features,
+            rank,
+            bias=linear.bias is not None,
+            device=linear.weight.device,
+            dtype=linear.weight.dtype,
+        )
+        parent, _, leaf = name.rpartition(".")
+        setattr(modules[parent], leaf, low_rank)
+
+
+def saved_tensors(model: Any) -> dict[str, Tensor]:
+    """Return the tensors that `save_pretrained` writes for a transformers model, in its order.
+
+    These are the state without aliases of tied weights. `save_pretrained` of a loaded model sorts it by
+    name, with numbers as numbers, which decides what goes into which shard.
+    """
+    left_out = {*model.all_tied_weights_keys, *(model._keys_to_ignore_on_save or ())}
+    state = model.state_dict()
+    return {name: state[name] for name in sorted(state, key=_natural_key) if name not in left_out}
+
+
+def stored_tensors(files: Sequence[Path]) -> dict[str, StoredTensor]:
+    """Read the headers of safetensors files, and none of their tensors.
+
+    Raises:
+        ValueError: If a file is cut short or is not a safetensors file, or two files hold the same name.
+    """
+    tensors: dict[str, StoredTensor] = {}
+    for path in files:
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 (not a dict)
+                    if name in tensors:
+                        raise ValueError(f"{path} and {tensors[name].file} both hold the tensor {name}")
+                    part = file.get_slice(name)
+                    tensors[name] = StoredTensor(path, part.get_dtype(), tuple(part.get_shape()))
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged or cut short: {error}") from error
+    return tensors
+
+
+def parameter_counts(folder: Path, linears: Sequence[str]) -> dict[str, int]:
+    """Count the stored numbers of a checkpoint, dense or compressed, from its headers.
+
+    Args:
+        folder: A folder with safetensors files.
+        linears: Module names of the linears that compression is about, factored or kept dense.
+
+    Returns:
+        `linears`: elements of those modules' weights or factors, without biases; `model`: of all tensors.
+
+    Raises:
+        ValueError: If the folder holds no weights in safetensors, or nothing of one of the linears.
+    """
+    stored = stored_tensors(_weight_files(folder))
+    counts = dict.fromkeys(linears, 0)
+    total = 0
+    for name, tensor in stored.items():
+        elements = torch.Size(tensor.shape).numel()
+        total += elements
+        if _module(name) in counts and not name.endswith(".bias"):
+            counts[_module(name)] += elements
+    if absent := [name for name, elements in counts.items() if elements == 0]:
+        raise ValueError(f"{folder} holds no weight of the linear {absent[0]}")
+    return {"linears": sum(counts.values()), "model": total}
+
+
+def write(
+    *,
+    dense: Path,
+    output: Path,
+    ranks: Mapping[str, int],
+    details: Mapping[str, object],
+    tensor: Callable[[str], Tensor],
+    dtype: torch.dtype,
+    max_shard_size: int | str | None = None,
+) -> None:
+    """Assemble a checkpoint byte for byte as `save_pretrained` would, holding one tensor at a time.
+
+    The folder appears under its name when it is complete and on disk; a former checkpoint of that name is
+    replaced.
+
+    Args:
+        dense: Folder of the dense model: config.json and, if they exist, generation_config.json and the
+            tokenizer's files; its weights are not read.
+        output: Folder to make.
+        ranks: Rank of each factored linear, by module name; all others stay dense.
+        details: Recorded in config.json as they are; must be JSON without NaN.
+        tensor: Returns the tensor of a name of the compressed model's state, such as
+            `model.layers.0.self_attn.q_proj.u` or `model.norm.weight`, in any type, on any device. Called
+            once for each name.
+        dtype: Type of the stored parameters.
+        max_shard_size: Split the weights into files of at most this size, given as transformers has it
+            (`5GB`); by default transformers' own default.
+
+    Raises:
+        ValueError: If the dense folder is quantized, the ranks do not fit the model, `details` holds NaN, a
+            tensor has another shape than the model's or is not finite in `dtype`, or `output` is a folder of
+            something else.
+    """
+    if output.exists() and any(output.iterdir()) and not (output / CHECKSUMS).exists():
+        raise ValueError(f"{output} exists and is not a checkpoint (it has no {CHECKSUMS}): remove it first")
+    config = AutoConfig.from_pretrained(dense, local_files_only=True, trust_remote_code=False)
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(f"{dense} is already quantized: its config.json has a quantization_config")
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    replace_linears(model, ranks)
+    plain = json.loads(json.dumps(details, allow_nan=False))
+    model.config.quantization_config = AasvdConfig(ranks=ranks, details=plain, format_version=FORMAT_VERSION)
+    model.config.architectures = [type(model).__name__]
+    model.config.dtype = str(dtype).removeprefix("torch.")
+    with _replacing_folder(output) as staging:
+        model.config.save_pretrained(staging)
+        if model.can_generate():
+            has_own = (dense / "generation_config.json").exists()
+            generation = GenerationConfig.from_pretrained(dense) if has_own else model.generation_config
+            generation.save_pretrained(staging)
+        for name in TOKENIZER_FILES:
+            if (dense / name).exists():
+                shutil.copyfile(dense / name, staging / name)
+        _write_weights(model, folder=staging, tensor=tensor, max_shard_size=max_shard_size)
+        lines = [f"{digest(path)}  {path.name}\n" for path in sorted(staging.iterdir())]
+        (staging / CHECKSUMS).write_text("".join(lines))
+
+
+def verify(folder: Path) -> None:
+    """Compare a checkpoint's files with its SHA256SUMS.
+
+    Raises:
+        DamagedArtifactError: If the list or a file in it is missing, or a file's bytes differ.
+    """
+    remedy = f"remake the checkpoint with\n    {remake_command(folder)}"
+    checksums = folder / CHECKSUMS
+    if not checksums.exists():
+        raise DamagedArtifactError(f"{checksums} is missing; {remedy}")
+    lines = checksums.read_text().splitlines()
+    if not lines:
+        raise DamagedArtifactError(f"{checksums} is empty; {remedy}")
+    for line in lines:
+        expected, separator, name = line.partition("  ")
+        if not separator:
+            raise DamagedArtifactError(f"{checksums} is damaged: it has the line {line!r}; {remedy}")
+        if not (folder / name).exists():
+            raise DamagedArtifactError(f"{folder / name} is missing; {remedy}")
+        found = digest(folder / name)
+        if found != expected:
+            raise DamagedArtifactError(
+                f"{folder / name} is damaged: its sha256 is {found[:12]}... "
+                f"but {expected[:12]}... was recorded; {remedy}"
+            )
+
+
+def _write_weights(
+    model: Any, *, folder: Path, tensor: Callable[[str], Tensor], max_shard_size: int | str | None
+) -> None:
+    """Write the safetensors files of a model on the meta device, and their index if there are several."""
+    tensors = saved_tensors(model)
+    if max_shard_size is None:
+        max_shard_size = inspect.signature(model.save_pretrained).parameters["max_shard_size"].default
+    split = split_torch_state_dict_into_shards(
+        tensors, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
+    )
+    with tqdm(total=len(tensors), desc="Writing tensors", unit="tensor") as progress:
+
+        def checked(name: str) -> Tensor:
+            progress.update()
+            return _checked(name, tensor(name), like=tensors[name])
+
+        for file, names in split.filename_to_tensors.items():
+            _write_safetensors(folder / file, {name: tensors[name] for name in names}, checked)
+    if split.is_sharded:
+        index = {
+            "metadata": {"total_parameters": model.num_parameters(), **split.metadata},
+            "weight_map": split.tensor_to_filename,
+        }
+        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+        (folder / "model.safetensors.index.json").write_text(text)
+
+
+def _write_safetensors(path: Path, tensors: Mapping[str, Tensor], tensor: Callable[[str], Tensor]) -> None:
+    """Write one file as the safetensors library does, which wants all its tensors in memory at once.
+
+    Args:
+        path: File to write.
+        tensors: Tensors on the meta device, for their types and shapes.
+        tensor: Returns the contiguous host tensor of a name.
+    """
+    order = list(_SAFETENSORS_NAMES)
+    names = sorted(tensors, key=lambda name: (-order.index(tensors[name].dtype), name))
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in names:
+        start, end = end, end + tensors[name].nbytes
+        header[name] = {
+            "dtype": _SAFETENSORS_NAMES[tensors[name].dtype],
+            "shape": list(tensors[name].shape),
+            "data_offsets": [start, end],
+        }
+    encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with path.open("wb") as stream:
+        stream.write(len(encoded).to_bytes(8, "little") + encoded)
+        for name in names:
+            stream.write(tensor(name).reshape(-1).view(torch.uint8).numpy().data)
+
+
+def _checked(name: str, value: Tensor, *, like: Tensor) -> Tensor:
+    """Return a tensor in host memory in the model's type, or say what is wrong with it."""
+    if value.shape != like.shape:
+        raise ValueError(f"{name} has shape {tuple(value.shape)}: the model has {tuple(like.shape)}")
+    value = value.detach().to("cpu", like.dtype).contiguous()
+    # A value that is fine in float32 may overflow in float16.
+    if value.is_floating_point() and not torch.isfinite(value).all():
+        raise ValueError(f"{name} is not finite in {like.dtype}")
+    return value
+
+
+def _check_stored(name: str, expected: Tensor, stored: StoredTensor) -> None:
+    """Raise ValueError unless a stored tensor has the model's shape and kind of number."""
+    if stored.shape != tuple(expected.shape):
+        raise ValueError(
+            f"{stored.file} holds {name} with shape {stored.shape}: the model has {tuple(expected.shape)}"
+        )
+    if expected.is_floating_point() and not stored.dtype.startswith(("F", "BF")):
+        raise ValueError(f"{stored.file} holds {name} as {stored.dtype}: expected floating-point numbers")
+
+
+@contextlib.contextmanager
+def _replacing_folder(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder that takes the place of `folder` when the block ends without an error."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # One fixed name, so that what a killed writer left is cleared by the next one.
+    staging = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir()
+    try:
+        yield staging
+        for path in staging.iterdir():
+            with path.open("rb") as stream:
+                os.fsync(stream.fileno())
+        if folder.exists():
+            shutil.rmtree(folder)
+        staging.rename(folder)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """Return the files that transformers reads the weights from; others may lie beside them."""
+    index = folder / "model.safetensors.index.json"
+    names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else []
+    files = [folder / name for name in names or ["model.safetensors"]]
+    for path in files:
+        if not path.exists():
+            raise ValueError(f"{folder} has no {path.name}")
+    return files
+
+
+def _module(name: str) -> str:
+    """Return the module of a parameter's name."""
+    return name.rpartition(".")[0]
+
+
+def _natural_key(name: str) -> list[tuple[bool, str, int]]:
+    """Return a sort key that puts `layers.2` before `layers.10`, and numbers before words."""
+    parts = [(part, part.rstrip("0123456789")) for part in name.split(".")]
+    return [(text != "", text, int(part[len(text) :] or -1)) for part, text in parts]
+
+
+# Also when this module is what first imports transformers' registry: the hook in the package then runs
+# while this module is not yet complete.
+register()

