@@ -60,7 +60,8 @@ def verify(path: Path) -> None:
         raise DamagedArtifactError(f"{path} is missing; {remedy}")
     if not sidecar(path).exists():
         raise DamagedArtifactError(f"{path} has no checksum file {sidecar(path).name}; {remedy}")
-    expected = sidecar(path).read_text().split(" ", 1)[0]
+    # A damaged sidecar need not be text.
+    expected = sidecar(path).read_text(errors="replace").split(" ", 1)[0]
     found = digest(path)
     if found != expected:
         raise DamagedArtifactError(

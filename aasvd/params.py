@@ -1,0 +1,307 @@
+"""Turn params.yaml and the name of a run into settings, keys and paths; imports nothing heavy.
+
+An artifact's path names everything it was made from (design section 3), so that nothing ever depends on
+file times: `results/artifacts/<phase>/<model>/<key>/...`, where a key is a short hash of the parameters,
+the identity of the sources and the format version of the artifact. Phases come first because each is an
+output of one DVC stage, and those must not overlap.
+"""
+
+import copy
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jsonschema
+import yaml
+
+Config = Mapping[str, Any]
+
+SCHEMA = Path(__file__).parent.parent / "workflow" / "schemas" / "params.schema.yaml"
+ARTIFACTS = Path("results") / "artifacts"
+RUN = re.compile(r"(?P<model>.+)_r(?P<ratio>[0-9.]+)(?:_(?P<variant>[A-Za-z0-9-]+))?")
+
+# Raised when a stage's output would change for the same parameters; part of every key below it.
+VERSIONS = {"model": 1, "text": 1, "task": 1, "calibration": 1, "compression": 1, "evaluation": 1}
+
+# Settings that change how a result is computed, but not which result it is.
+_NOT_IN_KEYS = {"calibration": {"batch", "keep_activations"}, "evaluation": {"batch"}}
+_SAMPLES, _SAMPLE_BYTES = 64, 1 << 14
+
+
+class Run(NamedTuple):
+    """One target: a model, a retained-parameter ratio, and all settings with the variant's merged in.
+
+    Attributes:
+        name: Folder under results/.
+        model: Name in the registry.
+        ratio: Share of the compressed linears' parameters that is kept, as written in the name.
+        settings: The sections of params.yaml that a variant may override.
+    """
+
+    name: str
+    model: str
+    ratio: float
+    settings: dict[str, Any]
+
+
+def validate(config: Config) -> None:
+    """Check a configuration against the schema.
+
+    Raises:
+        ValueError: Names the key, what is wrong with it and what is allowed.
+    """
+    schema = yaml.safe_load(SCHEMA.read_text())
+    error = jsonschema.exceptions.best_match(jsonschema.Draft202012Validator(schema).iter_errors(config))
+    if error is not None:
+        place = ".".join(map(str, error.absolute_path)) or "top level"
+        raise ValueError(f"params.yaml: {place}: {error.message}")
+    for section in [config, *config["variants"].values()]:
+        for text in [*_texts(section)]:
+            choose(text, config["texts"], "text")
+    for name in config["runs"]:
+        parse_run(config, name)
+
+
+def _texts(section: Config) -> Iterable[str]:
+    if "text" in section.get("calibration", {}):
+        yield section["calibration"]["text"]
+    yield from section.get("evaluation", {}).get("texts", [])
+
+
+def choose(name: str, registry: Mapping[str, Any], kind: str) -> Any:
+    """Return an entry of a registry.
+
+    Raises:
+        ValueError: If it has none of that name; lists those it has.
+    """
+    if name not in registry:
+        raise ValueError(f"unknown {kind} {name!r}; params.yaml has {', '.join(sorted(registry)) or 'none'}")
+    return registry[name]
+
+
+def parse_run(config: Config, name: str) -> Run:
+    """Return the run of a folder name `<model>_r<ratio>[_<variant>]`.
+
+    Raises:
+        ValueError: If the name has another form, its model or variant is unknown, or its ratio is not
+            in (0, 1).
+    """
+    match = RUN.fullmatch(name)
+    if match is None:
+        raise ValueError(f"run {name!r} must have the form <model>_r<ratio> or <model>_r<ratio>_<variant>")
+    choose(match["model"], config["models"], "model")
+    if not re.fullmatch(r"\d*\.?\d+", match["ratio"]) or not 0 < float(match["ratio"]) < 1:
+        raise ValueError(
+            f"run {name!r}: ratio {match['ratio']} must lie between 0 and 1; it is the share of parameters kept"
+        )
+    overrides = choose(match["variant"], config["variants"], "variant") if match["variant"] else {}
+    return Run(name, match["model"], float(match["ratio"]), _settings(config, overrides))
+
+
+def _settings(config: Config, overrides: Config) -> dict[str, Any]:
+    sections = ("seed", "calibration", "compression", "refinement", "evaluation")
+    settings = {section: copy.deepcopy(config[section]) for section in sections}
+    for section, value in overrides.items():
+        settings[section] = {**settings[section], **value} if isinstance(value, Mapping) else value
+    return settings
+
+
+def key_of(ingredients: object) -> str:
+    """Return the short hash under which artifacts made from these ingredients are kept."""
+    canonical = json.dumps(ingredients, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()[:10]
+
+
+def _section(settings: Config, name: str) -> dict[str, Any]:
+    return {key: value for key, value in settings[name].items() if key not in _NOT_IN_KEYS.get(name, ())}
+
+
+def model_ingredients(config: Config, model: str) -> dict[str, Any]:
+    """Return what identifies a dense model: its source and, for a local folder, its content."""
+    source = choose(model, config["models"], "model")
+    return {"version": VERSIONS["model"], "source": dict(source), "content": _content(source)}
+
+
+def text_ingredients(config: Config, text: str) -> dict[str, Any]:
+    """Return what identifies a text."""
+    source = choose(text, config["texts"], "text")
+    local = config["data_dir"] if "hub" in source else ""
+    content = _content({"path": str(Path(local) / text)} if local else source)
+    return {"version": VERSIONS["text"], "source": dict(source), "data_dir": local, "content": content}
+
+
+def task_ingredients(config: Config, task: str) -> dict[str, Any]:
+    """Return what identifies the rows of a zero-shot task."""
+    local = Path(config["data_dir"]) / f"{task}.jsonl" if config["data_dir"] else None
+    content = _content({"path": str(local)}) if local is not None and local.exists() else None
+    return {"version": VERSIONS["task"], "task": task, "content": content}
+
+
+def _content(source: Config) -> str | None:
+    """Return a digest of local files: of their sizes and of bytes sampled all over them.
+
+    Reading 140 GB whenever a workflow starts would be too slow; any fine-tuning changes sampled weights.
+    """
+    if "path" not in source:
+        return None
+    path = Path(source["path"])
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    summary = hashlib.sha256()
+    for file in files:
+        if not file.is_file():
+            return None
+        size = file.stat().st_size
+        summary.update(f"{file.relative_to(path) if path.is_dir() else ''}:{size}\n".encode())
+        with file.open("rb") as stream:
+            step = max(_SAMPLE_BYTES, size // _SAMPLES)
+            for start in range(0, size, step):
+                stream.seek(start)
+                summary.update(stream.read(_SAMPLE_BYTES))
+    return summary.hexdigest()
+
+
+def calibration_ingredients(config: Config, run: Run) -> dict[str, Any]:
+    """Return what identifies the original side: tokens, activations and covariances."""
+    return {
+        "version": VERSIONS["calibration"],
+        "model": model_ingredients(config, run.model),
+        "text": text_ingredients(config, run.settings["calibration"]["text"]),
+        "calibration": _section(run.settings, "calibration"),
+        "seed": run.settings["seed"],
+    }
+
+
+def compression_ingredients(config: Config, run: Run) -> dict[str, Any]:
+    """Return what identifies the compressed blocks."""
+    compression = _section(run.settings, "compression")
+    if compression["objective"] != "blended":
+        del compression["blend"]
+    refinement = _section(run.settings, "refinement")
+    return {
+        "version": VERSIONS["compression"],
+        "calibration": key_of(calibration_ingredients(config, run)),
+        "ratio": run.ratio,
+        "compression": compression,
+        "refinement": refinement if refinement["epochs"] else {"epochs": 0},
+        "seed": run.settings["seed"],
+    }
+
+
+def evaluation_ingredients(config: Config, run: Run) -> dict[str, Any]:
+    """Return, for every text and task of a run, what identifies its measurement."""
+    settings = run.settings["evaluation"]
+    common = {"evaluation": VERSIONS["evaluation"], "dtype": run.settings["calibration"]["dtype"]}
+    window = {"window": settings["window"], "windows": settings["windows"]}
+    texts = {
+        f"perplexity_{text}": {**text_ingredients(config, text), **common, **window} for text in settings["texts"]
+    }
+    tasks = {
+        f"accuracy_{task}": {**task_ingredients(config, task), **common, "limit": settings["limit"]}
+        for task in settings["tasks"]
+    }
+    return texts | tasks
+
+
+class Paths:
+    """Where each artifact of a run lies, relative to the repository."""
+
+    def __init__(self, config: Config, run: Run) -> None:
+        """Work out the keys of a run."""
+        self._config, self._run = config, run
+        calibration = key_of(calibration_ingredients(config, run))
+        compression = f"r{run.ratio:g}-{key_of(compression_ingredients(config, run))}"
+        self.model = model_folder(config, run.model)
+        self.calibration = ARTIFACTS / "calibration" / run.model / calibration
+        self.original = ARTIFACTS / "original" / run.model / calibration
+        self.compressed = ARTIFACTS / "compressed" / run.model / calibration / compression
+        self.evaluation = ARTIFACTS / "evaluation" / run.model / calibration / compression
+        self.dense_evaluation = ARTIFACTS / "evaluation" / run.model / "dense" / self.model.name
+
+    def measurements(self) -> list[str]:
+        """Return the file names of a run's measurements, the same for the dense and the compressed model."""
+        return [
+            f"{name}-{key_of(ingredients)}.json"
+            for name, ingredients in evaluation_ingredients(self._config, self._run).items()
+        ]
+
+    def publication(self) -> dict[str, Any]:
+        """Return the keys that a published result must carry to be up to date."""
+        return {
+            "model": self.model.name,
+            "calibration": self.calibration.name,
+            "compression": self.compressed.name,
+            "measurements": self.measurements(),
+        }
+
+
+def model_folder(config: Config, model: str) -> Path:
+    """Return the folder of a fetched model."""
+    return ARTIFACTS / "sources" / "models" / model / key_of(model_ingredients(config, model))
+
+
+def text_file(config: Config, text: str, split: str) -> Path:
+    """Return the file of a fetched text."""
+    return ARTIFACTS / "sources" / "texts" / text / key_of(text_ingredients(config, text)) / f"{split}.parquet"
+
+
+def task_file(config: Config, task: str) -> Path:
+    """Return the file with the rows of a task."""
+    return ARTIFACTS / "sources" / "tasks" / task / key_of(task_ingredients(config, task)) / "rows.parquet"
+
+
+def find_run(config: Config, *, model: str, calibration: str, compression: str | None = None) -> Run:
+    """Return a run whose artifacts lie under the given keys.
+
+    Keys cannot be read backwards: the runs of today's params.yaml are tried, at the ratio that the
+    compression key starts with.
+
+    Raises:
+        ValueError: If none fits: the artifact was made with other parameters than those of today.
+    """
+    for run in _runs(config, model, compression.split("-", 1)[0] if compression else "r0.5"):
+        paths = Paths(config, run)
+        if paths.calibration.name == calibration and compression in (None, paths.compressed.name):
+            return run
+    raise ValueError(
+        f"no run of today's params.yaml has calibration key {calibration}"
+        + (f" and compression key {compression}" if compression else "")
+        + f" for model {model}; these artifacts were made with other parameters (see key.json beside them)"
+    )
+
+
+def _runs(config: Config, model: str, ratio: str) -> Iterable[Run]:
+    """Yield the run of a model and ratio under the default settings and under every variant."""
+    yield parse_run(config, f"{model}_{ratio}")
+    for variant in config["variants"]:
+        yield parse_run(config, f"{model}_{ratio}_{variant}")
+
+
+def find_measurement(config: Config, *, model: str, measurement: str) -> Run:
+    """Return a run that asks for a measurement, given by its file name without the ending.
+
+    Raises:
+        ValueError: If none does.
+    """
+    for run in _runs(config, model, "r0.5"):
+        if any(f"{name}-{key_of(made)}" == measurement for name, made in evaluation_ingredients(config, run).items()):
+            return run
+    raise ValueError(f"no run of today's params.yaml makes the measurement {measurement} of model {model}")
+
+
+def block_count(outline: str) -> int:
+    """Return the number of a fetched model's blocks."""
+    return int(json.loads(Path(outline).read_text())["blocks"])
+
+
+def is_published(run: Run, paths: Paths) -> bool:
+    """Return whether the files people look at were made from today's parameters.
+
+    Their names hold no key, so this compares the keys that eval.json carries with today's.
+    """
+    evaluation = Path("results") / run.name / "eval.json"
+    if not evaluation.exists():
+        return True  # nothing is out of date: Snakemake makes what is missing
+    return bool(json.loads(evaluation.read_text())["provenance"]["keys"] == paths.publication())

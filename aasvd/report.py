@@ -1,0 +1,113 @@
+"""Numbers as people read them: tables and figures. The only module that imports matplotlib."""
+
+import html
+import json
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+
+from aasvd.artifacts import replacing
+
+# Okabe and Ito's palette: distinct in greyscale and to colour-blind readers.
+BLUE, VERMILION = "#0072B2", "#D55E00"
+
+
+def _rows(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Return the table of a run as (what, dense, compressed)."""
+    rows = [
+        (f"perplexity {text}", f"{pair['dense']:.2f}", f"{pair['compressed']:.2f}")
+        for text, pair in result["perplexity"].items()
+    ]
+    for task, pair in result["accuracy"].items():
+        dense = f"{100 * pair['dense']:.1f} ± {100 * pair['stderr_dense']:.1f} %"
+        rows.append((f"accuracy {task}", dense, f"{100 * pair['compressed']:.1f} ± {100 * pair['stderr']:.1f} %"))
+    counts = result["parameters"]
+    rows.append(("parameters", f"{counts['dense']:,}", f"{counts['compressed']:,}"))
+    linears = counts["linears"]
+    rows.append(("of these in the blocks' linears", f"{linears['dense']:,}", f"{linears['compressed']:,}"))
+    return rows
+
+
+def summary(result: Mapping[str, Any], *, model: str) -> str:
+    """Return a run's table as text for a terminal."""
+    header = (f"{result['run']}", "dense", "compressed")
+    rows = [header, *_rows(result)]
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    lines = [f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}" for a, b, c in rows]
+    lines.insert(1, "-" * len(lines[0]))
+    ratio = result["ratio"]
+    lines.append(
+        f"kept {ratio['achieved']:.4f} of the linears' parameters (asked: {ratio['target']:g}) in "
+        f"{sum(result['seconds'].values()):.0f} s of stages, at most {result['peak_memory_mb']:.0f} MB of memory"
+    )
+    lines.append(f"the compressed model lies in {model}")
+    return "\n".join(lines)
+
+
+def write_table(result: Mapping[str, Any], *, output: Path) -> None:
+    """Write a run's table as an HTML page of its own."""
+    cells = "\n".join(
+        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in _rows(result)
+    )
+    style = (
+        "body{font:15px/1.5 sans-serif;margin:2em}td,th{padding:.3em 1em;text-align:right;border-bottom:1px solid #ddd}"
+        "td:first-child,th:first-child{text-align:left}"
+    )
+    title = html.escape(result["run"])
+    ratio = result["ratio"]
+    page = (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{style}</style>'
+        f"<h1>{title}</h1><p>{html.escape(result['method'])}, objective {html.escape(result['objective'])}; kept "
+        f"{ratio['achieved']:.4f} of the linears' parameters (asked: {ratio['target']:g}).</p>"
+        f"<table><tr><th></th><th>dense</th><th>compressed</th></tr>\n{cells}\n</table></html>\n"
+    )
+    with replacing(output) as temporary:
+        temporary.write_text(page)
+
+
+def write_distortion(records: Iterable[Mapping[str, Any]], *, output: Path, run: str) -> None:
+    """Draw the distortion of every block's output before and after refinement (SVG).
+
+    Args:
+        records: Records of all stages; those of refinement hold `before`, of propagation `after`.
+        output: The file to write.
+        run: Name in the title.
+    """
+    found = list(records)
+    before = [record["before"] for record in found if "before" in record]
+    after = [record["after"] for record in found if "after" in record]
+    # No date and fixed ids: the same numbers give the same bytes.
+    with mpl.rc_context({"svg.hashsalt": "aasvd", "font.size": 10}):
+        figure = Figure(figsize=(9, 3.6), layout="constrained")
+        for axes, metric, label in zip(
+            figure.subplots(1, 2),
+            ("mse", "cosine"),
+            ("mean squared error", "mean of 1 - cosine similarity"),
+            strict=True,
+        ):
+            if before:
+                _line(axes, [entry[metric] for entry in before], colour=VERMILION, marker="o", label="solved")
+            finished = "refined" if before else "solved"
+            _line(axes, [entry[metric] for entry in after], colour=BLUE, marker="s", label=finished)
+            axes.set_xlabel("block")
+            axes.set_ylabel(label)
+            axes.set_yscale("log")
+            axes.grid(visible=True, which="major", alpha=0.3)
+            axes.legend()
+        figure.suptitle(f"Distortion of block outputs, {run}")
+        with replacing(output) as temporary:
+            figure.savefig(temporary, format="svg", metadata={"Date": None})
+
+
+def _line(axes: Any, values: Sequence[float], *, colour: str, marker: str, label: str) -> None:
+    blocks = range(1, len(values) + 1)
+    axes.plot(blocks, values, color=colour, marker=marker, markersize=4, linewidth=1.4, label=label)
+
+
+if __name__ == "__main__":
+    for path in map(Path, sys.argv[1:]):
+        sys.stdout.write(summary(json.loads(path.read_text()), model=str(path.parent / "model")) + "\n")

@@ -1,0 +1,614 @@
+"""The pipeline's stages: functions of paths and plain parameters, one per Snakemake rule.
+
+Each stage reads verified artifacts, writes its own whole, and writes a record beside them: seconds, peak
+memory, device, versions and what the stage measured. Records are apart from the tensors, so that tensors
+are the same bytes whenever the inputs and parameters are the same.
+"""
+
+import contextlib
+import copy
+import hashlib
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import resource
+import shutil
+import subprocess
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from aasvd import blocks, calibration, checkpoint, compress, evaluate, params, refine, report, sources
+from aasvd.artifacts import (
+    Activations,
+    read_json,
+    read_table,
+    read_tensors,
+    replacing,
+    write_json,
+    write_tensors,
+    writing_activations,
+)
+from aasvd.covariance import pack, unpack
+
+_DISTRIBUTIONS = ("aasvd", "torch", "transformers", "safetensors", "datasets", "lm_eval", "snakemake", "dvc")
+_logger = logging.getLogger(__name__)
+
+
+def compute_device() -> torch.device:
+    """Return the accelerator if there is one, else the CPU."""
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+def compute_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Return the float type of forward passes: what `calibration.dtype` says.
+
+    `auto` is bfloat16 on accelerators and on CPUs with bfloat16 matrix units, where it is several times
+    faster than float32, and float32 elsewhere.
+    """
+    if name != "auto":
+        dtype = getattr(torch, name)
+        assert isinstance(dtype, torch.dtype)
+        return dtype
+    fast = device.type != "cpu" or torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if fast else torch.float32
+
+
+@contextlib.contextmanager
+def _stage(name: str, *, log: Path, record: Path | None, advice: str) -> Iterator[dict[str, Any]]:
+    """Log a stage, measure it, and write its record; say which setting helps where memory runs out."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(log, mode="w")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    here = threading.get_ident()
+    handler.addFilter(lambda entry: entry.thread == here)
+    package = logging.getLogger("aasvd")
+    package.addHandler(handler)
+    package.setLevel(logging.INFO)
+    measured: dict[str, Any] = {}
+    start = time.perf_counter()
+    _reset_peak_memory()
+    try:
+        _logger.info("%s: start", name)
+        yield measured
+        measured |= {
+            "stage": name,
+            "seconds": time.perf_counter() - start,
+            "peak_memory_mb": _peak_memory_mb(),
+            "peak_device_memory_mb": _peak_device_memory_mb(),
+            "device": str(compute_device()),
+            "code": code_digest(),
+            "versions": versions(),
+        }
+        if record is not None:
+            write_json(record, measured)
+        _logger.info("%s: done in %.1f s", name, measured["seconds"])
+    except torch.OutOfMemoryError as error:
+        raise ValueError(f"{name}: the device ran out of memory; {advice}. What is finished stays.") from error
+    except Exception:
+        _logger.exception("%s failed", name)
+        raise
+    finally:
+        package.removeHandler(handler)
+        handler.close()
+
+
+_PASSES = "lower calibration.batch in params.yaml (it changes no result's identity)"
+_STEPS = "lower refinement.batch in params.yaml"
+
+
+def _reset_peak_memory() -> None:
+    # Linux only, and only so that a record holds its own stage's peak and not that of an earlier one.
+    clear = Path("/proc/self/clear_refs")
+    if os.access(clear, os.W_OK):
+        clear.write_text("5")
+    if torch.accelerator.is_available():
+        torch.accelerator.reset_peak_memory_stats()
+
+
+def _peak_memory_mb() -> float:
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) / 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if platform.system() == "Darwin" else peak / 1024
+
+
+def _peak_device_memory_mb() -> float:
+    return torch.accelerator.max_memory_allocated() / 2**20 if torch.accelerator.is_available() else 0.0
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what an artifact was made with."""
+    found = {name: importlib.metadata.version(name) for name in _DISTRIBUTIONS}
+    return {"python": platform.python_version(), **found}
+
+
+def code_digest() -> str:
+    """Return a digest of this package's source files."""
+    summary = hashlib.sha256()
+    for file in sorted(Path(__file__).parent.glob("*.py")):
+        summary.update(file.read_bytes())
+    return summary.hexdigest()[:12]
+
+
+def git_state() -> str:
+    """Return the commit this runs from, marked where the tree differs from it; "" outside a repository."""
+    git = shutil.which("git")
+    if git is None:
+        return ""
+    described = subprocess.run(
+        [git, "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True, check=False
+    )
+    return described.stdout.strip()
+
+
+# --- sources ---------------------------------------------------------------------------------------------
+
+
+def fetch_model(*, source: Mapping[str, Any], output: str, outline: str, record: str, cache: str, log: str) -> None:
+    """Fetch a dense model and describe its blocks: their number, and which linears each has."""
+    with _stage("fetch model", log=Path(log), record=Path(record), advice=_PASSES):
+        sources.fetch_model(source, output=Path(output), cache=Path(cache))
+        model = blocks.Source(Path(output))
+        parts = blocks.skeleton(model.folder)
+        write_json(
+            Path(outline),
+            {
+                "architecture": type(parts.model).__name__,
+                "path": parts.path,
+                "blocks": len(parts.blocks),
+                "linears": {
+                    f"{parts.path}.{index}.{name}": list(module.weight.shape)
+                    for index, block in enumerate(parts.blocks)
+                    for name, module in blocks.linears(block).items()
+                },
+            },
+        )
+
+
+def fetch_text(
+    *, source: Mapping[str, Any], name: str, split: str, data_dir: str, output: str, cache: str, log: str
+) -> None:
+    """Fetch one split of a text."""
+    with _stage(f"fetch text {name}", log=Path(log), record=None, advice=_PASSES):
+        sources.fetch_text(source, name=name, split=split, data_dir=data_dir, output=Path(output), cache=Path(cache))
+
+
+def fetch_task(*, task: str, data_dir: str, output: str, cache: str, log: str) -> None:
+    """Fetch the rows of a zero-shot task."""
+    with _stage(f"fetch task {task}", log=Path(log), record=None, advice=_PASSES):
+        sources.fetch_task(task, data_dir=data_dir, output=Path(output), cache=Path(cache))
+
+
+# --- original side ---------------------------------------------------------------------------------------
+
+
+def sample_calibration(
+    *, source: str, text: str, output: str, settings: Mapping[str, Any], seed: int, log: str
+) -> None:
+    """Sample calibration tokens from a text."""
+    with _stage("sample calibration", log=Path(log), record=None, advice=_PASSES):
+        folder = blocks.Source(Path(source)).folder
+        tokens = calibration.sample(
+            read_table(Path(text)),
+            AutoTokenizer.from_pretrained(folder),
+            sequences=settings["sequences"],
+            tokens=settings["tokens"],
+            sampling=settings["sampling"],
+            seed=seed,
+            vocabulary=AutoConfig.from_pretrained(folder).get_text_config().vocab_size,
+        )
+        calibration.write_tokens(Path(output), tokens)
+
+
+def embed(*, source: str, tokens: str, output: str, record: str, settings: Mapping[str, Any], log: str) -> None:
+    """Write what reaches the first block for the calibration tokens."""
+    with _stage("embed", log=Path(log), record=Path(record), advice=_PASSES):
+        model = blocks.Source(Path(source))
+        parts = blocks.skeleton(model.folder)
+        ids = calibration.read_tokens(Path(tokens))
+        dtype = compute_dtype(settings["dtype"], compute_device())
+        batches = list(ids.split(settings["batch"]))
+        width = parts.model.config.get_text_config().hidden_size
+        with writing_activations(Path(output), shape=(*ids.shape, width), dtype=dtype) as append:
+            for hidden in blocks.embed(model, parts, batches, dtype=dtype):
+                append(hidden)
+
+
+class _Block:
+    """One block's surroundings: model, arguments, groups, device and float type, for one stage."""
+
+    def __init__(self, source: str, index: int, settings: Mapping[str, Any], *, tokens: int, width: int) -> None:
+        self.source, self.index, self.batch = blocks.Source(Path(source)), index, settings["batch"]
+        self.parts = blocks.skeleton(self.source.folder)
+        self.device = compute_device()
+        self.dtype = compute_dtype(settings["dtype"], self.device)
+        arguments = blocks.forward_arguments(self.parts, tokens=tokens, device=self.device, dtype=self.dtype)
+        self.arguments = arguments[index]
+        self.groups = blocks.groups(self.parts, index, arguments=self.arguments, width=width, tokens=tokens)
+        self.label = f"block {index + 1} of {len(self.parts.blocks)}"
+
+    def original(self, dtype: torch.dtype | None = None) -> nn.Module:
+        """Load the original block."""
+        return blocks.load_block(
+            self.source, self.parts, self.index, device=self.device, dtype=dtype or self.dtype
+        ).requires_grad_(False)
+
+    def compressed(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> nn.Module:
+        """Load the original block and put factors, and other refined parameters, in their places."""
+        block = self.original(dtype)
+        weights = dict(blocks.linears(block))
+        for name in factored(tensors):
+            u, v = tensors[f"{name}.u"], tensors[f"{name}.v"]
+            compress.put(block, name, u, v, bias=weights[name].bias, like=weights[name].weight)
+        block.load_state_dict(dict(tensors), strict=False)
+        return block
+
+    def progress(self, label: str, total: int) -> "tqdm[None]":
+        """Return a progress bar with time left for this block."""
+        return tqdm(total=total, desc=f"{self.label}: {label}", unit="seq", leave=False, dynamic_ncols=True)
+
+
+def factored(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Return the names of the linears of which a block's tensors hold factors."""
+    return [name.removesuffix(".u") for name in tensors if name.endswith(".u")]
+
+
+def capture_block(
+    *,
+    source: str,
+    inputs: str,
+    outputs: str,
+    covariances: str,
+    record: str,
+    index: int,
+    settings: Mapping[str, Any],
+    log: str,
+) -> None:
+    """Run one original block: its outputs, and a covariance per group of linears that share an input."""
+    with _stage(f"capture block {index}", log=Path(log), record=Path(record), advice=_PASSES):
+        hidden = Activations(Path(inputs))
+        around = _Block(source, index, settings, tokens=hidden.shape[1], width=hidden.shape[2])
+        bar = around.progress("capture originals", len(hidden))
+        with bar, writing_activations(Path(outputs), shape=hidden.shape, dtype=around.dtype) as append:
+
+            def on_output(batch: Tensor) -> None:
+                append(batch)
+                bar.update(len(batch))
+
+            grams = compress.capture_block(
+                around.original(),
+                around.groups,
+                inputs=hidden,
+                arguments=around.arguments,
+                batch=around.batch,
+                device=around.device,
+                on_output=on_output,
+            )
+        tensors = {"+".join(group): pack(gram) for group, gram in zip(around.groups, grams, strict=True)}
+        write_tensors(Path(covariances), tensors)
+
+
+# --- compression -----------------------------------------------------------------------------------------
+
+
+def solve_block(
+    *,
+    source: str,
+    covariances: str,
+    original: str,
+    shifted: str,
+    output: str,
+    record: str,
+    index: int,
+    parameter_ratio: float,
+    calibration: Mapping[str, Any],
+    compression: Mapping[str, Any],
+    log: str,
+) -> None:
+    """Solve one block's factors; `original` and `shifted` activations are read only where they matter."""
+    with _stage(f"solve block {index}", log=Path(log), record=Path(record), advice=_PASSES) as measured:
+        objective = compress.objective(compression["objective"], blend=compression["blend"])
+        x, x_shifted = Activations(Path(original)), Activations(Path(shifted))
+        around = _Block(source, index, calibration, tokens=x.shape[1], width=x.shape[2])
+        packed = read_tensors(Path(covariances), device=around.device)
+        unrefined = around.original()
+        solution = compress.solve_block(
+            unrefined,
+            copy.deepcopy(unrefined),
+            around.groups,
+            objective=objective,
+            parameter_ratio=parameter_ratio,
+            ridge=compression["ridge"],
+            grams=[unpack(packed["+".join(group)]) for group in around.groups],
+            stream=compress.Stream(x, x_shifted, around.arguments, around.batch, around.device, around.dtype),
+            device=around.device,
+        )
+        measured["linears"] = solution.report
+        for name, numbers in solution.report.items():
+            if numbers.get("directions_dropped"):
+                _logger.warning("%s of block %d: singular covariance, %s", name, index, numbers)
+        write_tensors(Path(output), solution.tensors)
+        errors = [numbers["relative_error"] for numbers in solution.report.values() if "relative_error" in numbers]
+        tqdm.write(f"{around.label}: solved {len(errors)} linears, relative errors " + " ".join(f"{e:.3f}" for e in errors))
+
+
+def refine_block(
+    *,
+    source: str,
+    shifted: str,
+    target: str,
+    solved: str,
+    output: str,
+    record: str,
+    index: int,
+    seed: int,
+    calibration: Mapping[str, Any],
+    refinement: Mapping[str, Any],
+    log: str,
+) -> None:
+    """Refine one solved block, factors and norms together, against the original block's outputs."""
+    with _stage(f"refine block {index}", log=Path(log), record=Path(record), advice=_STEPS) as measured:
+        x, y = Activations(Path(shifted)), Activations(Path(target))
+        around = _Block(source, index, calibration, tokens=x.shape[1], width=x.shape[2])
+        factors = read_tensors(Path(solved), device=around.device)
+        streams: dict[str, Any] = {"inputs": x, "targets": y, "arguments": around.arguments, "device": around.device}
+        solved_block = around.compressed(factors, around.dtype)
+        measured["before"] = refine.distortion(solved_block, **streams, batch=around.batch)
+        block = around.compressed(factors, torch.float32)
+        with around.progress("refine", refinement["epochs"] * len(x)) as bar:
+
+            def on_step(step: int, steps: int, loss: float) -> None:
+                bar.set_postfix_str(f"loss {loss:.4g}", refresh=False)
+                bar.update(round(refinement["epochs"] * len(x) * step / steps) - bar.n)
+
+            measured["losses"] = refine.refine(
+                block,
+                **streams,
+                recipe=refine.Recipe(**refinement),
+                dtype=around.dtype,
+                # A generator per block: a resumed run continues as an uninterrupted one would.
+                generator=torch.Generator().manual_seed(seed * 1_000_003 + index),
+                on_step=on_step,
+            )
+        write_tensors(Path(output), block.state_dict())
+
+
+def propagate(
+    *,
+    source: str,
+    shifted: str,
+    target: str,
+    factors: str,
+    output: str,
+    record: str,
+    index: int,
+    calibration: Mapping[str, Any],
+    log: str,
+) -> None:
+    """Push shifted activations through one compressed block and measure its distortion."""
+    with _stage(f"propagate block {index}", log=Path(log), record=Path(record), advice=_PASSES) as measured:
+        x, y = Activations(Path(shifted)), Activations(Path(target))
+        around = _Block(source, index, calibration, tokens=x.shape[1], width=x.shape[2])
+        block = around.compressed(read_tensors(Path(factors), device=around.device), around.dtype)
+        with writing_activations(Path(output), shape=x.shape, dtype=around.dtype) as append:
+            measured["after"] = refine.distortion(
+                block,
+                inputs=x,
+                targets=y,
+                arguments=around.arguments,
+                batch=around.batch,
+                device=around.device,
+                on_output=append,
+            )
+        after = measured["after"]
+        tqdm.write(f"{around.label}: done, distortion mse {after['mse']:.4g} cosine {after['cosine']:.4g}")
+
+
+def assemble(
+    *,
+    source: str,
+    outline: str,
+    factors: Sequence[str],
+    checksums: str,
+    record: str,
+    details: Mapping[str, Any],
+    log: str,
+) -> None:
+    """Assemble the compressed blocks and the dense rest into a Hugging Face checkpoint."""
+    with _stage("assemble", log=Path(log), record=Path(record), advice=_PASSES) as measured:
+        dense = blocks.Source(Path(source))
+        parts = blocks.skeleton(dense.folder)
+        path, host = read_json(Path(outline))["path"], torch.device("cpu")
+        ranks: dict[str, int] = {}
+        for index, file in enumerate(factors):
+            with_factors = read_tensors(Path(file), device=host)
+            ranks |= {f"{path}.{index}.{name}": with_factors[f"{name}.u"].shape[1] for name in factored(with_factors)}
+
+        def tensor(name: str) -> Tensor:
+            if name.startswith(f"{path}."):
+                index, _, inner = name.removeprefix(f"{path}.").partition(".")
+                compressed = read_tensors(Path(factors[int(index)]), device=host)
+                if inner in compressed:
+                    return compressed[inner]
+            return blocks.read(dense, parts, name)
+
+        checkpoint.write(
+            dense=dense.folder,
+            output=Path(checksums).parent,
+            ranks=ranks,
+            details=details,
+            tensor=tensor,
+            dtype=parts.model.config.dtype or torch.float32,
+        )
+        measured["ranks"] = ranks
+
+
+# --- evaluation ------------------------------------------------------------------------------------------
+
+
+def _evaluated_model(folder: Path, settings: Mapping[str, Any]) -> tuple[PreTrainedModel, Any]:
+    device = compute_device()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=compute_dtype(settings["dtype"], device)).to(device)
+    return model, AutoTokenizer.from_pretrained(folder)
+
+
+def _model_folder(model: str) -> Path:
+    """Return the folder of a model named by a dense source.json or by a compressed checkpoint's SHA256SUMS."""
+    path = Path(model)
+    if path.name == checkpoint.CHECKSUMS:
+        checkpoint.verify(path.parent)
+        return path.parent
+    source = blocks.Source(path)
+    for name in source.tensors:
+        source.read(name)
+    return source.folder
+
+
+def evaluate_perplexity(
+    *, model: str, text: str, output: str, settings: Mapping[str, Any], calibration: Mapping[str, Any], log: str
+) -> None:
+    """Measure a model's perplexity on one text."""
+    with _stage("perplexity", log=Path(log), record=Path(output), advice="lower evaluation.window") as measured:
+        network, tokenizer = _evaluated_model(_model_folder(model), calibration)
+        table = read_table(Path(text))
+        tokens = evaluate.windows(
+            sources.document_text(table), tokenizer, window=settings["window"], windows=settings["windows"]
+        )
+        measured["measurement"] = evaluate.perplexity(network, tokens, progress=f"perplexity {Path(text).parts[-3]}")
+
+
+def evaluate_accuracy(
+    *, model: str, rows: str, task: str, output: str, settings: Mapping[str, Any], calibration: Mapping[str, Any], log: str
+) -> None:
+    """Measure a model's zero-shot accuracy on one task."""
+    with _stage(f"accuracy {task}", log=Path(log), record=Path(output), advice="lower evaluation.batch") as measured:
+        network, tokenizer = _evaluated_model(_model_folder(model), calibration)
+        measured["measurement"] = evaluate.accuracy(
+            network, tokenizer, task=task, rows=Path(rows), limit=settings["limit"], batch_size=settings["batch"]
+        )
+
+
+# --- what people look at ---------------------------------------------------------------------------------
+
+
+def write_key(*, ingredients: Mapping[str, Any], output: str) -> None:
+    """Write down what a key was made from."""
+    write_json(Path(output), ingredients)
+
+
+def publish(
+    *,
+    source: str,
+    outline: str,
+    checksums: str,
+    records: Sequence[str],
+    dense: Sequence[str],
+    compressed: Sequence[str],
+    outdated: str | None,
+    evaluation: str,
+    model: str,
+    table: str,
+    figure: str,
+    run: params.Run,
+    keys: Mapping[str, Any],
+    log: str,
+) -> None:
+    """Gather a run's numbers and put them, its checkpoint and its figure under results/<run>/."""
+    with _stage(f"publish {run.name}", log=Path(log), record=None, advice=_PASSES):
+        folder = Path(checksums).parent
+        checkpoint.verify(folder)
+        shapes = read_json(Path(outline))["linears"]
+        stored = checkpoint.parameter_counts(folder, list(shapes))
+        before = sum(rows * columns for rows, columns in shapes.values())
+        made = [read_json(Path(record)) for record in records]
+        measured = [*map(_measurement, dense)], [*map(_measurement, compressed)]
+        everything = [*made, *(read_json(Path(file)) for file in [*dense, *compressed])]
+        result = {
+            "run": run.name,
+            "model": run.model,
+            "method": run.settings["compression"]["method"],
+            "objective": run.settings["compression"]["objective"],
+            "ratio": {"target": run.ratio, "achieved": stored["linears"] / before},
+            "parameters": {
+                "dense": blocks.Source(Path(source)).parameter_count(),
+                "compressed": stored["model"],
+                "linears": {"dense": before, "compressed": stored["linears"]},
+            },
+            "perplexity": _side_by_side(*measured, kind="perplexity"),
+            "accuracy": _side_by_side(*measured, kind="accuracy"),
+            "seconds": _seconds(everything),
+            "peak_memory_mb": max(entry["peak_memory_mb"] for entry in everything),
+            "peak_device_memory_mb": max(entry["peak_device_memory_mb"] for entry in everything),
+            "provenance": {
+                "versions": versions(),
+                "keys": keys,
+                "git": git_state(),
+                "code": code_digest(),
+                "made_by_other_code": sorted({entry["stage"] for entry in everything if entry["code"] != code_digest()}),
+            },
+        }
+        report.write_distortion(made, output=Path(figure), run=run.name)
+        report.write_table(result, output=Path(table))
+        _link_folder(folder, Path(model))
+        # Last and whole, because its keys say whether all of the above is up to date.
+        with replacing(Path(evaluation)) as temporary:
+            temporary.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
+        if outdated:
+            Path(outdated).unlink()
+        tqdm.write(report.summary(result, model=model))
+
+
+def _measurement(file: str) -> tuple[str, str, dict[str, Any]]:
+    kind, _, rest = Path(file).stem.partition("_")
+    return kind, rest.rpartition("-")[0], read_json(Path(file))["measurement"]
+
+
+def _side_by_side(
+    dense: Sequence[tuple[str, str, dict[str, Any]]],
+    compressed: Sequence[tuple[str, str, dict[str, Any]]],
+    *,
+    kind: str,
+) -> dict[str, dict[str, float]]:
+    metric = {"perplexity": "perplexity", "accuracy": "acc"}[kind]
+    pairs: dict[str, dict[str, float]] = {}
+    for (found, name, before), (_, _, after) in zip(dense, compressed, strict=True):
+        if found != kind:
+            continue
+        pairs[name] = {"dense": before[metric], "compressed": after[metric]}
+        if kind == "accuracy":
+            pairs[name] |= {"stderr": after["stderr"], "stderr_dense": before["stderr"], "count": after["count"]}
+        else:
+            pairs[name] |= {"windows": after["windows"]}
+    return pairs
+
+
+def _seconds(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    totals: dict[str, float] = {}
+    for record in records:
+        stage = record["stage"].split(" block", 1)[0]
+        totals[stage] = totals.get(stage, 0.0) + record["seconds"]
+    return totals
+
+
+def _link_folder(source: Path, target: Path) -> None:
+    """Make a folder of hard links, so that no byte is stored twice; copies where links are not possible."""
+    target.mkdir(parents=True, exist_ok=True)
+    for file in source.iterdir():
+        link = target / file.name
+        link.unlink(missing_ok=True)
+        if os.stat(source).st_dev == os.stat(target).st_dev:
+            link.hardlink_to(file)
+        else:
+            shutil.copyfile(file, link)

@@ -1,0 +1,76 @@
+"""Settings, keys and the few functions that tell rules what they read. Paths come from aasvd.params alone."""
+
+import importlib
+
+from snakemake.exceptions import WorkflowError
+
+from aasvd import params
+
+CACHE = "results/downloads"
+ARTIFACTS = str(params.ARTIFACTS)
+CALIBRATION = f"{ARTIFACTS}/calibration/{{model}}/{{calibration}}"
+ORIGINAL = f"{ARTIFACTS}/original/{{model}}/{{calibration}}"
+COMPRESSED = f"{ARTIFACTS}/compressed/{{model}}/{{calibration}}/{{compression}}"
+EVALUATION = f"{ARTIFACTS}/evaluation/{{model}}"
+MODEL = f"{ARTIFACTS}/sources/models/{{model}}/{{key}}"
+
+
+wildcard_constraints:
+    model=r"[A-Za-z0-9][A-Za-z0-9._-]*",
+    calibration=r"[0-9a-f]{10}",
+    compression=r"r[0-9.]+-[0-9a-f]{10}",
+    key=r"[0-9a-f]{10}",
+    block=r"\d{3}",
+    split=r"train|test",
+
+
+def checked(function, *args, **kwargs):
+    """Call a function of aasvd.params; its errors are the user's to mend, so they come without a traceback."""
+    try:
+        return function(*args, **kwargs)
+    except ValueError as error:
+        raise WorkflowError(str(error)) from None
+
+
+def stages():
+    """Import the stages when the first one runs: torch and transformers take seconds."""
+    return importlib.import_module("aasvd.stages")
+
+
+checked(params.validate, config)
+
+
+def run_of(wildcards):
+    """The run that a rule's wildcards belong to."""
+    if "run" in wildcards.keys():
+        return checked(params.parse_run, config, wildcards.run)
+    compression = wildcards.compression if "compression" in wildcards.keys() else None
+    return checked(
+        params.find_run,
+        config,
+        model=wildcards.model,
+        calibration=wildcards.calibration,
+        compression=compression,
+    )
+
+
+def paths_of(wildcards):
+    """Where the artifacts of a rule's run lie."""
+    return params.Paths(config, run_of(wildcards))
+
+
+def settings_of(section):
+    """A function that gives a rule one section of its run's settings."""
+    return lambda wildcards: run_of(wildcards).settings[section]
+
+
+def dense_source(wildcards):
+    """The description of the dense model."""
+    return f"{checked(params.model_folder, config, wildcards.model)}/source.json"
+
+
+def block_count(wildcards):
+    """How many blocks the model has; known once it is fetched."""
+    model = run_of(wildcards).model
+    key = checked(params.model_folder, config, model).name
+    return params.block_count(checkpoints.fetch_model.get(model=model, key=key).output.outline)

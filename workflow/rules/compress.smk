@@ -1,0 +1,124 @@
+def shifted_input(wildcards, block):
+    """The shifted activations that enter a block; the first block's are the original ones."""
+    if block == 0:
+        return original_input(wildcards, 0)
+    return f"{paths_of(wildcards).compressed}/block_{block - 1:03d}/shifted.safetensors"
+
+
+def finished_factors(wildcards, block):
+    """A block's factors as they end up in the checkpoint: refined, unless refinement is off."""
+    paths, refinement = paths_of(wildcards), run_of(wildcards).settings["refinement"]
+    return f"{paths.compressed}/block_{block:03d}/{'refined' if refinement['epochs'] else 'solved'}.safetensors"
+
+
+def all_blocks(function):
+    """An input function that gives a file for every block."""
+    return lambda w: [ancient(function(w, block)) for block in range(block_count(w))]
+
+
+rule solve_block:
+    """Solve the low-rank factors of one block's linears, group by group."""
+    input:
+        source=lambda w: ancient(dense_source(w)),
+        covariances=ancient(f"{ORIGINAL}/block_{{block}}/covariances.safetensors"),
+        original=lambda w: ancient(original_input(w, int(w.block))),
+        shifted=lambda w: ancient(shifted_input(w, int(w.block))),
+    output:
+        output=f"{COMPRESSED}/block_{{block}}/solved.safetensors",
+        record=f"{COMPRESSED}/block_{{block}}/solve.json",
+    log:
+        "logs/{model}/{calibration}/{compression}/solve_{block}.log",
+    resources:
+        gpu=1,
+    params:
+        ratio=lambda w: run_of(w).ratio,
+        settings=lambda w: run_of(w).settings,
+    run:
+        stages().solve_block(
+            **input,
+            **output,
+            index=int(wildcards.block),
+            parameter_ratio=params.ratio,
+            calibration=params.settings["calibration"],
+            compression=params.settings["compression"],
+            log=log[0],
+        )
+
+
+rule refine_block:
+    """Fit one solved block, factors and norms together, to the original block's outputs."""
+    input:
+        source=lambda w: ancient(dense_source(w)),
+        shifted=lambda w: ancient(shifted_input(w, int(w.block))),
+        target=ancient(f"{ORIGINAL}/block_{{block}}/output.safetensors"),
+        solved=ancient(f"{COMPRESSED}/block_{{block}}/solved.safetensors"),
+    output:
+        output=f"{COMPRESSED}/block_{{block}}/refined.safetensors",
+        record=f"{COMPRESSED}/block_{{block}}/refine.json",
+    log:
+        "logs/{model}/{calibration}/{compression}/refine_{block}.log",
+    resources:
+        gpu=1,
+    params:
+        settings=lambda w: run_of(w).settings,
+    run:
+        stages().refine_block(
+            **input,
+            **output,
+            index=int(wildcards.block),
+            seed=params.settings["seed"],
+            calibration=params.settings["calibration"],
+            refinement=params.settings["refinement"],
+            log=log[0],
+        )
+
+
+rule propagate:
+    """Push shifted activations through one compressed block into the next."""
+    input:
+        source=lambda w: ancient(dense_source(w)),
+        shifted=lambda w: ancient(shifted_input(w, int(w.block))),
+        target=ancient(f"{ORIGINAL}/block_{{block}}/output.safetensors"),
+        factors=lambda w: ancient(finished_factors(w, int(w.block))),
+    output:
+        output=temp(f"{COMPRESSED}/block_{{block}}/shifted.safetensors"),
+        record=f"{COMPRESSED}/block_{{block}}/propagate.json",
+    log:
+        "logs/{model}/{calibration}/{compression}/propagate_{block}.log",
+    resources:
+        gpu=1,
+    params:
+        settings=settings_of("calibration"),
+    run:
+        stages().propagate(
+            **input, **output, index=int(wildcards.block), calibration=params.settings, log=log[0]
+        )
+
+
+rule assemble:
+    """Assemble the blocks and the dense rest into an ordinary Hugging Face checkpoint."""
+    input:
+        source=lambda w: ancient(dense_source(w)),
+        outline=lambda w: ancient(dense_source(w).replace("source.json", "outline.json")),
+        factors=all_blocks(finished_factors),
+    output:
+        checksums=f"{COMPRESSED}/model/SHA256SUMS",
+        record=f"{COMPRESSED}/assemble.json",
+    log:
+        "logs/{model}/{calibration}/{compression}/assemble.log",
+    params:
+        details=lambda w: params.compression_ingredients(config, run_of(w)),
+    run:
+        stages().assemble(**input, **output, details=params.details, log=log[0])
+
+
+rule describe_compression:
+    """Write down, in readable form, what a compression key was made from."""
+    output:
+        f"{COMPRESSED}/key.json",
+    log:
+        "logs/{model}/{calibration}/{compression}/key.log",
+    params:
+        ingredients=lambda w: params.compression_ingredients(config, run_of(w)),
+    run:
+        stages().write_key(ingredients=params.ingredients, output=output[0])

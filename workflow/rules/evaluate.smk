@@ -1,0 +1,64 @@
+wildcard_constraints:
+    subject=r"dense/[0-9a-f]{10}|[0-9a-f]{10}/r[0-9.]+-[0-9a-f]{10}",
+
+
+def subject_model(wildcards):
+    """The file that stands for the measured model: a dense source or a compressed checkpoint."""
+    kind, key = wildcards.subject.split("/")
+    if kind == "dense":
+        return dense_source(wildcards)
+    return f"{ARTIFACTS}/compressed/{wildcards.model}/{kind}/{key}/model/SHA256SUMS"
+
+
+def measured_settings(name):
+    """A function that gives a rule the settings of the run that asks for a measurement."""
+    return lambda w: checked(
+        params.find_measurement, config, model=w.model, measurement=name.format(**w)
+    ).settings
+
+
+rule perplexity:
+    """Measure a model's perplexity on the test split of one text."""
+    input:
+        model=lambda w: ancient(subject_model(w)),
+        text=lambda w: ancient(str(checked(params.text_file, config, w.text, "test"))),
+    output:
+        f"{EVALUATION}/{{subject}}/perplexity_{{text}}-{{key}}.json",
+    log:
+        "logs/{model}/{subject}/perplexity_{text}-{key}.log",
+    resources:
+        gpu=1,
+    params:
+        settings=measured_settings("perplexity_{text}-{key}"),
+    run:
+        stages().evaluate_perplexity(
+            **input,
+            output=output[0],
+            settings=params.settings["evaluation"],
+            calibration=params.settings["calibration"],
+            log=log[0],
+        )
+
+
+rule accuracy:
+    """Measure a model's zero-shot accuracy on one lm-eval task."""
+    input:
+        model=lambda w: ancient(subject_model(w)),
+        rows=lambda w: ancient(str(checked(params.task_file, config, w.task))),
+    output:
+        f"{EVALUATION}/{{subject}}/accuracy_{{task}}-{{key}}.json",
+    log:
+        "logs/{model}/{subject}/accuracy_{task}-{key}.log",
+    resources:
+        gpu=1,
+    params:
+        settings=measured_settings("accuracy_{task}-{key}"),
+    run:
+        stages().evaluate_accuracy(
+            **input,
+            task=wildcards.task,
+            output=output[0],
+            settings=params.settings["evaluation"],
+            calibration=params.settings["calibration"],
+            log=log[0],
+        )

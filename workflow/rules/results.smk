@@ -1,0 +1,96 @@
+def measurements(folder):
+    """An input function that gives a run's measurements of the dense or the compressed model."""
+
+    def files(wildcards):
+        paths = paths_of(wildcards)
+        return [ancient(f"{getattr(paths, folder)}/{name}") for name in paths.measurements()]
+
+    return files
+
+
+def records(wildcards):
+    """The records of every stage that made a run's checkpoint."""
+    paths, blocks = paths_of(wildcards), range(block_count(wildcards))
+    stages_of_a_block = ["solve", "propagate"]
+    if run_of(wildcards).settings["refinement"]["epochs"]:
+        stages_of_a_block.insert(1, "refine")
+    return [
+        ancient(str(file))
+        for file in [
+            paths.model / "fetch.json",
+            paths.original / "embed.json",
+            *(paths.original / f"block_{block:03d}" / "capture.json" for block in blocks),
+            *(
+                paths.compressed / f"block_{block:03d}" / f"{stage}.json"
+                for block in blocks
+                for stage in stages_of_a_block
+            ),
+            paths.compressed / "assemble.json",
+        ]
+    ]
+
+
+def outdated(wildcards):
+    """A file that does not exist yet, where results/<run>/ was published from other parameters.
+
+    Everything else under results/ has its parameters in its path; what people look at has not.
+    """
+    current = params.is_published(run_of(wildcards), paths_of(wildcards))
+    return [] if current else f"{ARTIFACTS}/outdated/{wildcards.run}"
+
+
+rule mark_outdated:
+    """Have the published files of a run made anew, because they were made from other parameters."""
+    output:
+        touch(f"{ARTIFACTS}/outdated/{{run}}"),
+
+
+rule publish:
+    """Put a run's checkpoint, numbers and figure where people look."""
+    input:
+        source=lambda w: ancient(f"{paths_of(w).model}/source.json"),
+        checksums=lambda w: ancient(f"{paths_of(w).compressed}/model/SHA256SUMS"),
+        outline=lambda w: ancient(f"{paths_of(w).model}/outline.json"),
+        ingredients=lambda w: [ancient(f"{folder}/key.json") for folder in (paths_of(w).original, paths_of(w).compressed)],
+        records=records,
+        dense=measurements("dense_evaluation"),
+        compressed=measurements("evaluation"),
+        outdated=outdated,
+    output:
+        evaluation="results/{run}/eval.json",
+        model=directory("results/{run}/model"),
+        table=report(
+            "results/{run}/results.html",
+            caption="../report/results.rst",
+            category="Results",
+            labels={"run": "{run}", "what": "perplexity and accuracy"},
+        ),
+        figure=report(
+            "results/{run}/figures/distortion.svg",
+            caption="../report/distortion.rst",
+            category="Blocks",
+            labels={"run": "{run}", "what": "distortion per block"},
+        ),
+    log:
+        "logs/publish/{run}.log",
+    params:
+        run=run_of,
+        made_from=lambda w: paths_of(w).publication(),
+    run:
+        stages().publish(
+            source=input.source,
+            checksums=input.checksums,
+            outline=input.outline,
+            records=input.records,
+            dense=input.dense,
+            compressed=input.compressed,
+            outdated=input.outdated,
+            **output,
+            run=params.run,
+            keys=params.made_from,
+            log=log[0],
+        )
+
+
+onsuccess:
+    importlib.import_module("aasvd.versioning").commit()

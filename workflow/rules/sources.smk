@@ -1,0 +1,55 @@
+checkpoint fetch_model:
+    """Fetch a dense model as safetensors and describe its tensors and blocks."""
+    output:
+        source=f"{MODEL}/source.json",
+        outline=f"{MODEL}/outline.json",
+        record=f"{MODEL}/fetch.json",
+    log:
+        "logs/{model}/fetch_model_{key}.log",
+    params:
+        source=lambda w: checked(params.choose, w.model, config["models"], "model"),
+    run:
+        stages().fetch_model(
+            source=params.source,
+            output=output.source,
+            outline=output.outline,
+            record=output.record,
+            cache=CACHE,
+            log=log[0],
+        )
+
+
+rule fetch_text:
+    """Fetch one split of a text as a table of documents."""
+    output:
+        f"{ARTIFACTS}/sources/texts/{{text}}/{{key}}/{{split}}.parquet",
+    log:
+        "logs/texts/{text}_{split}_{key}.log",
+    params:
+        source=lambda w: checked(params.choose, w.text, config["texts"], "text"),
+    run:
+        stages().fetch_text(
+            source=params.source,
+            name=wildcards.text,
+            split=wildcards.split,
+            data_dir=config["data_dir"],
+            output=output[0],
+            cache=CACHE,
+            log=log[0],
+        )
+
+
+rule fetch_task:
+    """Fetch the rows of a zero-shot task in the schema that lm-eval's stock task reads."""
+    output:
+        f"{ARTIFACTS}/sources/tasks/{{task}}/{{key}}/rows.parquet",
+    log:
+        "logs/tasks/{task}_{key}.log",
+    run:
+        stages().fetch_task(
+            task=wildcards.task,
+            data_dir=config["data_dir"],
+            output=output[0],
+            cache=CACHE,
+            log=log[0],
+        )
