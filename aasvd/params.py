@@ -10,7 +10,7 @@ import copy
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -294,6 +294,41 @@ def find_measurement(config: Config, *, model: str, measurement: str) -> Run:
 def block_count(outline: str) -> int:
     """Return the number of a fetched model's blocks."""
     return int(json.loads(Path(outline).read_text())["blocks"])
+
+
+PHASES = ("fetch", "sample", "capture", "compress", "evaluate")
+
+
+def phase_targets(config: Config, run: Run, phase: str, *, blocks: Callable[[], int]) -> list[str]:
+    """Return the files that are there when a phase of a run is finished; one DVC stage covers each phase.
+
+    Args:
+        config: The whole configuration.
+        run: The run.
+        phase: One of PHASES.
+        blocks: Gives the number of the model's blocks; asked for only where it matters.
+    """
+    paths, evaluation = Paths(config, run), run.settings["evaluation"]
+    files: dict[str, Callable[[], list[Path]]] = {
+        "fetch": lambda: [
+            paths.model / "source.json",
+            text_file(config, run.settings["calibration"]["text"], "train"),
+            *(text_file(config, text, "test") for text in evaluation["texts"]),
+            *(task_file(config, task) for task in evaluation["tasks"]),
+        ],
+        "sample": lambda: [paths.calibration / "tokens.parquet"],
+        "capture": lambda: [
+            paths.original / "key.json",
+            *(paths.original / f"block_{block:03d}" / "covariances.safetensors" for block in range(blocks())),
+        ],
+        "compress": lambda: [paths.compressed / "key.json", paths.compressed / "model" / "SHA256SUMS"],
+        "evaluate": lambda: [
+            folder / name
+            for folder in (paths.dense_evaluation, paths.evaluation)
+            for name in paths.measurements()
+        ],
+    }
+    return [str(file) for file in files[phase]()]
 
 
 def is_published(run: Run, paths: Paths) -> bool:

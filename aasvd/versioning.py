@@ -4,27 +4,56 @@ import logging
 import os
 from pathlib import Path
 
+import yaml
+
+from aasvd import params
+
 _logger = logging.getLogger(__name__)
 
 
-def commit() -> list[str]:
-    """Record the outputs of every DVC stage that is complete, so that `dvc status` and `dvc push` know them.
+def finished_phases(config: params.Config) -> list[str]:
+    """Return the phases of which every file of every run in params.yaml is there."""
+    runs = [params.parse_run(config, name) for name in config["runs"]]
+    return [phase for phase in params.PHASES if all(_finished(config, run, phase) for run in runs)]
 
-    Does nothing inside `dvc repro`, which holds the lock and commits by itself, or where the folder is
-    not under DVC.
+
+def _finished(config: params.Config, run: params.Run, phase: str) -> bool:
+    outline = params.Paths(config, run).model / "outline.json"
+    if not outline.exists():
+        return False
+    files = params.phase_targets(config, run, phase, blocks=lambda: params.block_count(str(outline)))
+    return all(Path(file).exists() for file in files)
+
+
+def commit() -> list[str]:
+    """Record the outputs of every finished DVC stage, so that `dvc status` and `dvc push` know them.
+
+    What is finished is judged by params.yaml as it stands on disk, because that is what DVC records:
+    a run made with `--configfile` on top says nothing about it. Does nothing inside `dvc repro`, which
+    holds the lock and commits by itself, or where the folder is not under DVC.
 
     Returns:
         The names of the stages that were recorded.
     """
-    if "DVC_STAGE" in os.environ or not Path(".dvc").is_dir():
+    if "DVC_STAGE" in os.environ or not Path(".dvc").is_dir() or not Path("dvc.yaml").exists():
         return []
+    # Imported here: DVC takes a second, and only finished runs need it.
     from dvc.repo import Repo
 
-    recorded = []
+    config = yaml.safe_load(Path("params.yaml").read_text())
+    phases = finished_phases(config)
+    published = [
+        f"publish@{name}"
+        for name in config["runs"]
+        if phases == list(params.PHASES) and _published(config, params.parse_run(config, name))
+    ]
     with Repo() as repo:
-        for stage in repo.index.stages:
-            if all(Path(out.fs_path).exists() for out in [*stage.deps, *stage.outs]):
-                repo.commit(target=stage.addressing, force=True)
-                recorded.append(stage.addressing)
-    _logger.info("recorded with DVC: %s", ", ".join(recorded) or "nothing")
-    return recorded
+        for name in [*phases, *published]:
+            repo.commit(target=name, force=True)
+    _logger.info("recorded with DVC: %s", ", ".join([*phases, *published]) or "nothing")
+    return [*phases, *published]
+
+
+def _published(config: params.Config, run: params.Run) -> bool:
+    folder = Path("results") / run.name
+    return (folder / "eval.json").exists() and params.is_published(run, params.Paths(config, run))

@@ -69,8 +69,7 @@ def dense_source(wildcards):
     return f"{checked(params.model_folder, config, wildcards.model)}/source.json"
 
 
-def block_count(wildcards):
-    """How many blocks the model has; known once it is fetched."""
-    model = run_of(wildcards).model
+def blocks_of(model):
+    """How many blocks a model has; known once it is fetched."""
     key = checked(params.model_folder, config, model).name
     return params.block_count(checkpoints.fetch_model.get(model=model, key=key).output.outline)

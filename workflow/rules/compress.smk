@@ -13,7 +13,7 @@ def finished_factors(wildcards, block):
 
 def all_blocks(function):
     """An input function that gives a file for every block."""
-    return lambda w: [ancient(function(w, block)) for block in range(block_count(w))]
+    return lambda w: [ancient(function(w, block)) for block in range(blocks_of(run_of(w).model))]
 
 
 rule solve_block:

@@ -10,7 +10,7 @@ def measurements(folder):
 
 def records(wildcards):
     """The records of every stage that made a run's checkpoint."""
-    paths, blocks = paths_of(wildcards), range(block_count(wildcards))
+    paths, blocks = paths_of(wildcards), range(blocks_of(run_of(wildcards).model))
     stages_of_a_block = ["solve", "propagate"]
     if run_of(wildcards).settings["refinement"]["epochs"]:
         stages_of_a_block.insert(1, "refine")
