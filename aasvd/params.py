@@ -321,7 +321,11 @@ def phase_targets(config: Config, run: Run, phase: str, *, blocks: Callable[[], 
             paths.original / "key.json",
             *(paths.original / f"block_{block:03d}" / "covariances.safetensors" for block in range(blocks())),
         ],
-        "compress": lambda: [paths.compressed / "key.json", paths.compressed / "model" / "SHA256SUMS"],
+        "compress": lambda: [
+            paths.compressed / "key.json",
+            paths.compressed / "model" / "SHA256SUMS",
+            *(paths.compressed / f"block_{block:03d}" / "propagate.json" for block in range(blocks())),
+        ],
         "evaluate": lambda: [
             folder / name
             for folder in (paths.dense_evaluation, paths.evaluation)

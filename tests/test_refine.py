@@ -122,7 +122,8 @@ def affine(folder: Path, dtype: torch.dtype = torch.float32) -> Task:
     """Return five sequences of three tokens of width two; weights of size one, targets three times that."""
     generator = torch.Generator().manual_seed(0)
     x, y = torch.randn(2, 5, 3, 2, generator=generator)
-    weight, bias = torch.randn(2, 2, generator=generator), torch.randn(2, generator=generator)
+    # Between 0.5 and 1 in size, where float types resolve alike.
+    weight, bias = (values.sign() * (0.5 + 0.4 * values.abs().tanh()) for values in torch.randn(2, 2, 2, generator=generator))
     return Task(
         Affine(weight.to(dtype).float(), bias.to(dtype).float()),
         activations(folder / "x.safetensors", x),

@@ -81,7 +81,7 @@ rule propagate:
         target=ancient(f"{ORIGINAL}/block_{{block}}/output.safetensors"),
         factors=lambda w: ancient(finished_factors(w, int(w.block))),
     output:
-        output=temp(f"{COMPRESSED}/block_{{block}}/shifted.safetensors"),
+        output=maybe_temp(f"{COMPRESSED}/block_{{block}}/shifted.safetensors"),
         record=f"{COMPRESSED}/block_{{block}}/propagate.json",
     log:
         "logs/{model}/{calibration}/{compression}/propagate_{block}.log",

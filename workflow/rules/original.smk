@@ -1,5 +1,9 @@
 def maybe_temp(path):
-    """Original activations are kept for other runs unless params.yaml says otherwise."""
+    """Activations are kept unless params.yaml says otherwise.
+
+    Without them a lost artifact costs more: Snakemake remakes the activations from the first block on, and
+    with each of them whatever reads it.
+    """
     return path if config["calibration"]["keep_activations"] else temp(path)
 
 
