@@ -286,6 +286,25 @@ def test_ridge_is_relative_and_reported(llama: Case) -> None:
     assert not torch.equal(plain.tensors["mlp.down_proj.u"], solution.tensors["mlp.down_proj.u"])
 
 
+def test_ridge_keeps_rounding_noise_from_being_inverted(case_of: Callable[..., Case]) -> None:
+    """At this ratio v_proj's rank is below the width of its heads, so o_proj's inputs do not fill their heads.
+
+    In float64 the empty directions are dropped. In bfloat16 rounding fills them with noise some 300 times
+    smaller than a channel, which the anchored solution is free to use, with weights to match.
+    """
+    norms = {}
+    for dtype in (torch.float64, torch.bfloat16):
+        case = case_of("llama", dtype)
+        for ridge in (0.0, 1e-3):
+            compressed, solution = case.solve(OBJECTIVES["anchored"], ratio=0.5, ridge=ridge)
+            dropped = solution.report["self_attn.o_proj"]["directions_dropped"]
+            assert dropped == (12 if (dtype, ridge) == (torch.float64, 0.0) else 0)
+            fitted, weight = (weight_of(block, "self_attn.o_proj") for block in (compressed, case.block))
+            norms[dtype, ridge] = float(fitted.norm() / weight.norm())
+    assert norms.pop((torch.bfloat16, 0.0)) > 10
+    assert max(norms.values()) < 2
+
+
 # What is made
 
 

@@ -91,7 +91,8 @@ def task_of(stored: Callable[[str], Stored], tmp_path: Path) -> Callable[[str, t
             groups,
             objective=OBJECTIVES["anchored"],
             parameter_ratio=0.5,
-            ridge=0.0,
+            # Without it o_proj inverts rounding noise: see test_compress.
+            ridge=1e-3,
             grams=grams,
             stream=Stream(original, shifted, arguments, 8, CPU, dtype),
             device=CPU,
@@ -123,7 +124,10 @@ def affine(folder: Path, dtype: torch.dtype = torch.float32) -> Task:
     generator = torch.Generator().manual_seed(0)
     x, y = torch.randn(2, 5, 3, 2, generator=generator)
     # Between 0.5 and 1 in size, where float types resolve alike.
-    weight, bias = (values.sign() * (0.5 + 0.4 * values.abs().tanh()) for values in torch.randn(2, 2, 2, generator=generator))
+    weight, bias = (
+        values.sign() * (0.5 + 0.4 * values.abs().tanh())
+        for values in torch.randn(2, 2, 2, generator=generator)
+    )
     return Task(
         Affine(weight.to(dtype).float(), bias.to(dtype).float()),
         activations(folder / "x.safetensors", x),
@@ -211,8 +215,9 @@ def test_loss_falls_and_everything_moves(
     task = task_of(architecture, dtype)
     before = state(task.block)
     block, trace = task.refine()
-    assert len(trace) == RECIPE.epochs and trace[-1] < 0.8 * trace[0]
-    assert task.distortion(block)["mse"] < 0.8 * task.distortion(task.block)["mse"]
+    assert len(trace) == RECIPE.epochs and trace == sorted(trace, reverse=True)
+    before_after = [task.distortion(block)["mse"] for block in (task.block, block)]
+    assert before_after[1] < 0.95 * before_after[0]
     after = state(block)
     assert after.keys() == before.keys()
     kinds = {name.rpartition(".")[2] for name in after}
