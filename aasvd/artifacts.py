@@ -201,7 +201,8 @@ class Activations:
                 stream.seek(self._offset + sequence * self._row_bytes)
                 if stream.readinto(_bytes_of(row)) != self._row_bytes:
                     raise DamagedArtifactError(
-                        f"{self._path} was cut short while in use; remake it with\n    {remake_command(self._path)}"
+                        f"{self._path} was cut short while in use; remake it with\n"
+                        f"    {remake_command(self._path)}"
                     )
         return batch
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from aasvd import attention
 from aasvd.artifacts import DamagedArtifactError, read_json, remake_command
 
 
@@ -42,7 +43,8 @@ class Source:
             DamagedArtifactError: If its bytes are not those that were fetched.
         """
         if name not in self.tensors:
-            raise ValueError(f"{self.folder} has no tensor {name}; it has e.g. {', '.join(sorted(self.tensors)[:3])}")
+            some = ", ".join(sorted(self.tensors)[:3])
+            raise ValueError(f"{self.folder} has no tensor {name}; it has e.g. {some}")
         entry = self.tensors[name]
         file = self.folder / entry["file"]
         remedy = f"fetch it again with\n    {remake_command(self._path)}"
@@ -54,7 +56,9 @@ class Source:
         except SafetensorError as error:
             raise DamagedArtifactError(f"{file} is damaged ({error}); {remedy}") from error
         if hashlib.sha256(tensor.view(torch.uint8).numpy().data).hexdigest() != entry["sha256"]:
-            raise DamagedArtifactError(f"{file} is damaged: tensor {name} is not the one that was fetched; {remedy}")
+            raise DamagedArtifactError(
+                f"{file} is damaged: tensor {name} is not the one that was fetched; {remedy}"
+            )
         return tensor
 
     def parameter_count(self) -> int:
@@ -87,9 +91,10 @@ def skeleton(folder: Path) -> Skeleton:
     Raises:
         ValueError: If the model has no list of equal blocks, or its blocks hold no linear layer.
     """
+    attention.register()
     config = AutoConfig.from_pretrained(folder)
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME)
     model.eval()
     lists = {
         name: module
@@ -109,7 +114,9 @@ def linears(block: nn.Module) -> dict[str, nn.Linear]:
     return {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
 
 
-def load_block(source: Source, parts: Skeleton, index: int, *, device: torch.device, dtype: torch.dtype) -> nn.Module:
+def load_block(
+    source: Source, parts: Skeleton, index: int, *, device: torch.device, dtype: torch.dtype
+) -> nn.Module:
     """Return block `index` with its weights, on a device and in a float type of one's choice."""
     block = copy.deepcopy(parts.blocks[index])
     state = {
@@ -169,8 +176,10 @@ def _enter(parts: Skeleton, tokens: Tensor) -> Entrance:
     return Entrance(calls[0][0], [arguments for _, arguments in calls])
 
 
-def embed(source: Source, parts: Skeleton, tokens: Sequence[Tensor], *, dtype: torch.dtype) -> Iterator[Tensor]:
-    """Yield what reaches the first block for each batch of token ids, (sequences, tokens, width), on the host.
+def embed(
+    source: Source, parts: Skeleton, tokens: Sequence[Tensor], *, dtype: torch.dtype
+) -> Iterator[Tensor]:
+    """Yield what reaches the first block for each batch of tokens, (sequences, tokens, width), on the host.
 
     Raises:
         ValueError: If a block's keyword arguments depend on the tokens, which the pipeline cannot reproduce.
@@ -182,7 +191,7 @@ def embed(source: Source, parts: Skeleton, tokens: Sequence[Tensor], *, dtype: t
     }
     model = copy.deepcopy(parts.model)
     model.load_state_dict(state, strict=False, assign=True)
-    filled = _fill(Skeleton(model, model.get_submodule(parts.path), parts.path), dtype)  # type: ignore[arg-type]
+    filled = _fill(Skeleton(model, model.get_submodule(parts.path), parts.path), dtype)
     expected = forward_arguments(parts, tokens=tokens[0].shape[1], device=torch.device("cpu"), dtype=dtype)
     for batch in tokens:
         entrance = _enter(filled, batch)
@@ -241,7 +250,9 @@ def _equal(first: object, second: object) -> bool:
     return type(first) is type(second) and (first is second or first == second)
 
 
-def groups(parts: Skeleton, index: int, *, arguments: Mapping[str, Any], width: int, tokens: int) -> list[list[str]]:
+def groups(
+    parts: Skeleton, index: int, *, arguments: Mapping[str, Any], width: int, tokens: int
+) -> list[list[str]]:
     """Return the names of a block's linears, grouped by the tensor they read, in the order they are called.
 
     Found by calling the block on the meta device, without data: linears that receive the same tensor

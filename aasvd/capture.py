@@ -41,7 +41,7 @@ def recording(block: nn.Module, groups: Sequence[Sequence[str]], index: int) -> 
     handle = idle[0].register_forward_pre_hook(record)
     try:
         for module in idle:
-            module.forward = _zeros(module.out_features)  # type: ignore[method-assign, assignment, arg-type]
+            module.forward = _zeros(module.out_features)  # type: ignore[assignment, arg-type]
         yield recorder
     finally:
         handle.remove()

@@ -13,7 +13,8 @@ _GREEDY = ("--resources", "--res")
 
 def targets_first(words: Sequence[str]) -> list[str]:
     """Return a command line's words with the targets that follow `--resources` moved to its front."""
-    targets, rest = [], []
+    targets: list[str] = []
+    rest: list[str] = []
     after_resources = False
     for word in words:
         if word.startswith("-"):

@@ -136,6 +136,7 @@ def solve_block(
     parameter_ratio: float,
     ridge: float,
     grams: Sequence[Tensor],
+    token_count: int,
     stream: Stream | None,
     device: torch.device,
 ) -> Solution:
@@ -152,6 +153,7 @@ def solve_block(
         parameter_ratio: Share of each matrix's parameters that is kept.
         ridge: Pull towards W, relative to the mean diagonal of the covariance.
         grams: X Xᵀ of each group on the original side.
+        token_count: Number of tokens the covariances sum over.
         stream: Activations of both sides; needed by objectives that look at shifted inputs.
         device: Where the block is.
 
@@ -167,14 +169,24 @@ def solve_block(
         cross = None
         if objective.shifted:
             assert stream is not None
-            gram, cross = _shifted_statistics(original, compressed, groups, index, objective=objective, stream=stream)
+            gram, cross = _shifted_statistics(
+                original, compressed, groups, index, objective=objective, stream=stream
+            )
         elif not objective.original:
-            gram = torch.eye(len(unshifted), dtype=torch.float64, device=device)
+            # As if every token excited all directions alike.
+            gram = torch.eye(len(unshifted), dtype=torch.float64, device=device) * token_count
         for matrix in (gram, cross):
             if matrix is not None and not torch.isfinite(matrix).all():
                 raise ValueError(f"the covariance of the inputs of {', '.join(group)} is not finite")
         need_root = any(ranks[name] is not None and w.shape[0] > w.shape[1] for name, w in weights.items())
-        target = prepare(gram, cross_gram=cross, blend=objective.blend, ridge=ridge, need_root=need_root)
+        target = prepare(
+            gram,
+            cross_gram=cross,
+            blend=objective.blend,
+            ridge=ridge,
+            need_root=need_root,
+            token_count=token_count,
+        )
         for name, weight in weights.items():
             rank = ranks[name]
             entry: dict[str, float | int | None] = {"rank": rank}
@@ -186,7 +198,11 @@ def solve_block(
             shifted = gram if objective.shifted else None
             entry |= {
                 "relative_error": relative_error(
-                    weight, fitted, original=unshifted, cross_gram=cross, shifted=shifted if cross is not None else None
+                    weight,
+                    fitted,
+                    original=unshifted,
+                    cross_gram=cross,
+                    shifted=shifted if cross is not None else None,
                 ),
                 "energy_kept": factors.kept,
                 "directions_dropped": target.dropped,

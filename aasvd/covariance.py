@@ -37,7 +37,7 @@ class Gram:
 
 
 class CrossGram:
-    """The sum over tokens of x x'ᵀ for original inputs x and shifted inputs x', shape (features, features)."""
+    """The sum over tokens of x x'ᵀ for original inputs x and shifted inputs x', (features, features)."""
 
     def __init__(self, features: int, *, device: torch.device) -> None:
         """Start from zero."""

@@ -196,7 +196,8 @@ def evaluation_ingredients(config: Config, run: Run) -> dict[str, Any]:
     common = {"evaluation": VERSIONS["evaluation"], "dtype": run.settings["calibration"]["dtype"]}
     window = {"window": settings["window"], "windows": settings["windows"]}
     texts = {
-        f"perplexity_{text}": {**text_ingredients(config, text), **common, **window} for text in settings["texts"]
+        f"perplexity_{text}": {**text_ingredients(config, text), **common, **window}
+        for text in settings["texts"]
     }
     tasks = {
         f"accuracy_{task}": {**task_ingredients(config, task), **common, "limit": settings["limit"]}
@@ -244,7 +245,9 @@ def model_folder(config: Config, model: str) -> Path:
 
 def text_file(config: Config, text: str, split: str) -> Path:
     """Return the file of a fetched text."""
-    return ARTIFACTS / "sources" / "texts" / text / key_of(text_ingredients(config, text)) / f"{split}.parquet"
+    return (
+        ARTIFACTS / "sources" / "texts" / text / key_of(text_ingredients(config, text)) / f"{split}.parquet"
+    )
 
 
 def task_file(config: Config, task: str) -> Path:
@@ -286,7 +289,10 @@ def find_measurement(config: Config, *, model: str, measurement: str) -> Run:
         ValueError: If none does.
     """
     for run in _runs(config, model, "r0.5"):
-        if any(f"{name}-{key_of(made)}" == measurement for name, made in evaluation_ingredients(config, run).items()):
+        if any(
+            f"{name}-{key_of(made)}" == measurement
+            for name, made in evaluation_ingredients(config, run).items()
+        ):
             return run
     raise ValueError(f"no run of today's params.yaml makes the measurement {measurement} of model {model}")
 

@@ -27,7 +27,7 @@ def uniform_rank(out_features: int, in_features: int, *, parameter_ratio: float)
         ValueError: If `parameter_ratio` is not between 0 and 1.
     """
     if not 0 < parameter_ratio < 1:
-        raise ValueError(f"parameter ratio {parameter_ratio} must lie between 0 and 1 (the share that is kept)")
+        raise ValueError(f"parameter ratio {parameter_ratio} must lie between 0 and 1 (the share kept)")
     full = out_features * in_features
     # The small term keeps an exact multiple, such as 0.6 * 4096 * 4096 / 8192, from being rounded down.
     rank = max(1, math.floor(parameter_ratio * full / (out_features + in_features) + 1e-9))

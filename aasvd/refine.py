@@ -86,7 +86,9 @@ def refine(
     # At float32 the block is its own working copy.
     working_block = block if dtype == torch.float32 else copy.deepcopy(block).to(dtype)
     working = list(working_block.parameters())
-    optimizer = torch.optim.AdamW(masters, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(
+        masters, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True
+    )
     per_epoch = math.ceil(len(inputs) / recipe.batch)
     steps = recipe.epochs * per_epoch
     trace = []
@@ -109,7 +111,8 @@ def refine(
             value = loss.item()
             if not math.isfinite(value):
                 raise ValueError(
-                    f"the refinement's loss became {value} at step {step + 1} of {steps}; lower refinement.learning_rate"
+                    f"the refinement's loss became {value} at step {step + 1} of {steps}; "
+                    "lower refinement.learning_rate"
                 )
             total += value * len(sequences)
             on_step(step + 1, steps, value)

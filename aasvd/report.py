@@ -24,7 +24,9 @@ def _rows(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     ]
     for task, pair in result["accuracy"].items():
         dense = f"{100 * pair['dense']:.1f} ± {100 * pair['stderr_dense']:.1f} %"
-        rows.append((f"accuracy {task}", dense, f"{100 * pair['compressed']:.1f} ± {100 * pair['stderr']:.1f} %"))
+        rows.append(
+            (f"accuracy {task}", dense, f"{100 * pair['compressed']:.1f} ± {100 * pair['stderr']:.1f} %")
+        )
     counts = result["parameters"]
     rows.append(("parameters", f"{counts['dense']:,}", f"{counts['compressed']:,}"))
     linears = counts["linears"]

@@ -25,6 +25,10 @@ import torch
 from torch import Tensor
 
 
+# Directions weaker than this, relative to the strongest, are scaled as if they were this strong.
+_SMALLEST_SIGMA = 1e-6
+
+
 class Target(NamedTuple):
     """What the layers of one group are fitted to; all layers of a group read the same tensor.
 
@@ -35,6 +39,7 @@ class Target(NamedTuple):
         dropped: Directions of C below the cutoff, which no calibration token excites.
         cutoff: The eigenvalue below which directions were dropped, relative to the largest.
         ridge: λ, in the units of C.
+        token_count: Number of tokens that C sums over.
     """
 
     gram: Tensor
@@ -43,6 +48,7 @@ class Target(NamedTuple):
     dropped: int
     cutoff: float
     ridge: float
+    token_count: int
 
 
 class Factors(NamedTuple):
@@ -50,7 +56,7 @@ class Factors(NamedTuple):
 
     Attributes:
         u: (m, k) float64.
-        v: (k, n) float64; row i has the norm of column i of u.
+        v: (k, n) float64; σ is shared evenly, with σ_i the root mean square of direction i's output.
         spectrum: All eigenvalues of R C Rᵀ in descending order: what each further rank would explain.
         kept: Share of the explainable energy tr(R C Rᵀ) that the first k directions hold.
     """
@@ -61,7 +67,9 @@ class Factors(NamedTuple):
     kept: float
 
 
-def prepare(gram: Tensor, *, cross_gram: Tensor | None, blend: float, ridge: float, need_root: bool) -> Target:
+def prepare(
+    gram: Tensor, *, cross_gram: Tensor | None, blend: float, ridge: float, need_root: bool, token_count: int = 1
+) -> Target:
     """Prepare what all layers of a group share.
 
     Args:
@@ -71,6 +79,7 @@ def prepare(gram: Tensor, *, cross_gram: Tensor | None, blend: float, ridge: flo
         ridge: λ relative to the mean diagonal of the Gram; pulls towards W what the tokens do not
             determine, and is in both sides, so it never pulls towards 0 (methods section 15).
         need_root: Whether some layer of the group has more outputs than inputs.
+        token_count: Number of tokens summed over; fixes the scale that u and v share.
 
     Raises:
         ValueError: If the Gram is not finite, or a blend is asked for without a cross-Gram.
@@ -84,7 +93,7 @@ def prepare(gram: Tensor, *, cross_gram: Tensor | None, blend: float, ridge: flo
     identity = torch.eye(features, dtype=gram.dtype, device=gram.device)
     regularized = gram + shift * identity
     if blend == 0 and not need_root:
-        return Target(regularized, None, None, 0, 0.0, shift)
+        return Target(regularized, None, None, 0, 0.0, shift, token_count)
     values, vectors = torch.linalg.eigh(regularized)
     # n eps is the accuracy of eigh itself; a larger cutoff costs real directions beside an outlier
     # (1e-6 cost 6.7 % of the objective in the tests of methods section 15).
@@ -93,11 +102,11 @@ def prepare(gram: Tensor, *, cross_gram: Tensor | None, blend: float, ridge: flo
     values, vectors = values[alive], vectors[:, alive]
     root = vectors * values.sqrt()
     if blend == 0:
-        return Target(regularized, None, root, features - len(values), cutoff, shift)
+        return Target(regularized, None, root, features - len(values), cutoff, shift, token_count)
     assert cross_gram is not None
     wanted = (1 - blend) * gram + blend * cross_gram + shift * identity
     transfer = (wanted @ vectors / values) @ vectors.T
-    return Target(regularized, transfer, root, features - len(values), cutoff, shift)
+    return Target(regularized, transfer, root, features - len(values), cutoff, shift, token_count)
 
 
 def factorize(weight: Tensor, target: Target, *, rank: int) -> Factors:
@@ -113,7 +122,8 @@ def factorize(weight: Tensor, target: Target, *, rank: int) -> Factors:
     """
     outputs, inputs = weight.shape
     if not 1 <= rank <= min(outputs, inputs):
-        raise ValueError(f"rank {rank} must lie between 1 and {min(outputs, inputs)} for a {outputs} x {inputs} weight")
+        full = min(outputs, inputs)
+        raise ValueError(f"rank {rank} must lie between 1 and {full} for a {outputs} x {inputs} weight")
     if len(target.gram) != inputs:
         raise ValueError(f"weight has {inputs} inputs but its covariance has {len(target.gram)}")
     w = weight.to(torch.float64)
@@ -130,10 +140,10 @@ def factorize(weight: Tensor, target: Target, *, rank: int) -> Factors:
     values, left = values.flip(0).clamp_min(0), left.flip(1)
     basis = _orthonormal(left[:, :rank], rank)
     v = basis.T @ r
-    # Equal norms of u's columns and v's rows: AdamW sees both at one scale. (The paper halves the
-    # singular values in the whitened basis instead; the product is the same, but the scale of its
-    # factors depends on the number of tokens.)
-    scale = v.norm(dim=1).clamp_min(torch.finfo(v.dtype).tiny).sqrt()
+    # AdamW moves all entries alike, so the split of σ matters to refinement. As in the paper each factor
+    # gets √σ, with σ in the units of one token's output; where σ vanishes, any split will do.
+    sigma = (values[:rank] / target.token_count).sqrt()
+    scale = sigma.clamp_min(_SMALLEST_SIGMA * sigma[0]).clamp_min(torch.finfo(v.dtype).tiny).sqrt()
     energy = values.sum().clamp_min(torch.finfo(values.dtype).tiny)
     return Factors(basis * scale, v / scale[:, None], values, (values[:rank].sum() / energy).item())
 
@@ -151,7 +161,12 @@ def _orthonormal(left: Tensor, rank: int) -> Tensor:
 
 
 def relative_error(
-    weight: Tensor, fitted: Tensor, *, original: Tensor, cross_gram: Tensor | None = None, shifted: Tensor | None = None
+    weight: Tensor,
+    fitted: Tensor,
+    *,
+    original: Tensor,
+    cross_gram: Tensor | None = None,
+    shifted: Tensor | None = None,
 ) -> float:
     """Return ‖W X − W' X'‖ / ‖W X‖ from the Gram matrices; with X' = X where no shifted ones are given.
 

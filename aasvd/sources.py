@@ -348,13 +348,13 @@ def _file_rows(path: Path, *, hub: str) -> list[str]:
 
 
 def _decoded(path: Path) -> str:
-    """Return a file's text with its line ends as they are: they are tokens, and change perplexity.
+    """Return a file's text, with Windows line ends as plain ones: they would be tokens of their own.
 
     Raises:
         SourceError: If the file is not UTF-8.
     """
     try:
-        return path.read_bytes().decode()
+        return path.read_bytes().decode().replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         raise SourceError(f"{path} is not UTF-8 text: {error}") from error
 

@@ -93,7 +93,9 @@ def _stage(name: str, *, log: Path, record: Path | None, advice: str) -> Iterato
             write_json(record, measured)
         _logger.info("%s: done in %.1f s", name, measured["seconds"])
     except torch.OutOfMemoryError as error:
-        raise ValueError(f"{name}: the device ran out of memory; {advice}. What is finished stays.") from error
+        raise ValueError(
+            f"{name}: the device ran out of memory; {advice}. What is finished stays."
+        ) from error
     except Exception:
         _logger.exception("%s failed", name)
         raise
@@ -156,7 +158,9 @@ def git_state() -> str:
 # --- sources ---------------------------------------------------------------------------------------------
 
 
-def fetch_model(*, source: Mapping[str, Any], output: str, outline: str, record: str, cache: str, log: str) -> None:
+def fetch_model(
+    *, source: Mapping[str, Any], output: str, outline: str, record: str, cache: str, log: str
+) -> None:
     """Fetch a dense model and describe its blocks: their number, and which linears each has."""
     with _stage("fetch model", log=Path(log), record=Path(record), advice=_PASSES):
         sources.fetch_model(source, output=Path(output), cache=Path(cache))
@@ -182,7 +186,9 @@ def fetch_text(
 ) -> None:
     """Fetch one split of a text."""
     with _stage(f"fetch text {name}", log=Path(log), record=None, advice=_PASSES):
-        sources.fetch_text(source, name=name, split=split, data_dir=data_dir, output=Path(output), cache=Path(cache))
+        sources.fetch_text(
+            source, name=name, split=split, data_dir=data_dir, output=Path(output), cache=Path(cache)
+        )
 
 
 def fetch_task(*, task: str, data_dir: str, output: str, cache: str, log: str) -> None:
@@ -212,7 +218,9 @@ def sample_calibration(
         calibration.write_tokens(Path(output), tokens)
 
 
-def embed(*, source: str, tokens: str, output: str, record: str, settings: Mapping[str, Any], log: str) -> None:
+def embed(
+    *, source: str, tokens: str, output: str, record: str, settings: Mapping[str, Any], log: str
+) -> None:
     """Write what reaches the first block for the calibration tokens."""
     with _stage("embed", log=Path(log), record=Path(record), advice=_PASSES):
         model = blocks.Source(Path(source))
@@ -229,7 +237,9 @@ def embed(*, source: str, tokens: str, output: str, record: str, settings: Mappi
 class _Block:
     """One block's surroundings: model, arguments, groups, device and float type, for one stage."""
 
-    def __init__(self, source: str, index: int, settings: Mapping[str, Any], *, tokens: int, width: int) -> None:
+    def __init__(
+        self, source: str, index: int, settings: Mapping[str, Any], *, tokens: int, width: int
+    ) -> None:
         self.source, self.index, self.batch = blocks.Source(Path(source)), index, settings["batch"]
         self.parts = blocks.skeleton(self.source.folder)
         self.device = compute_device()
@@ -255,7 +265,7 @@ class _Block:
         block.load_state_dict(dict(tensors), strict=False)
         return block
 
-    def progress(self, label: str, total: int) -> "tqdm[None]":
+    def progress(self, label: str, total: int) -> "tqdm[Any]":
         """Return a progress bar with time left for this block."""
         return tqdm(total=total, desc=f"{self.label}: {label}", unit="seq", leave=False, dynamic_ncols=True)
 
@@ -332,6 +342,7 @@ def solve_block(
             parameter_ratio=parameter_ratio,
             ridge=compression["ridge"],
             grams=[unpack(packed["+".join(group)]) for group in around.groups],
+            token_count=x.shape[0] * x.shape[1],
             stream=compress.Stream(x, x_shifted, around.arguments, around.batch, around.device, around.dtype),
             device=around.device,
         )
@@ -340,8 +351,13 @@ def solve_block(
             if numbers.get("directions_dropped"):
                 _logger.warning("%s of block %d: singular covariance, %s", name, index, numbers)
         write_tensors(Path(output), solution.tensors)
-        errors = [numbers["relative_error"] for numbers in solution.report.values() if "relative_error" in numbers]
-        tqdm.write(f"{around.label}: solved {len(errors)} linears, relative errors " + " ".join(f"{e:.3f}" for e in errors))
+        errors = [
+            numbers["relative_error"] for numbers in solution.report.values() if "relative_error" in numbers
+        ]
+        tqdm.write(
+            f"{around.label}: solved {len(errors)} linears, relative errors "
+            + " ".join(f"{e:.3f}" for e in errors)
+        )
 
 
 def refine_block(
@@ -363,7 +379,12 @@ def refine_block(
         x, y = Activations(Path(shifted)), Activations(Path(target))
         around = _Block(source, index, calibration, tokens=x.shape[1], width=x.shape[2])
         factors = read_tensors(Path(solved), device=around.device)
-        streams: dict[str, Any] = {"inputs": x, "targets": y, "arguments": around.arguments, "device": around.device}
+        streams: dict[str, Any] = {
+            "inputs": x,
+            "targets": y,
+            "arguments": around.arguments,
+            "device": around.device,
+        }
         solved_block = around.compressed(factors, around.dtype)
         measured["before"] = refine.distortion(solved_block, **streams, batch=around.batch)
         block = around.compressed(factors, torch.float32)
@@ -434,7 +455,10 @@ def assemble(
         ranks: dict[str, int] = {}
         for index, file in enumerate(factors):
             with_factors = read_tensors(Path(file), device=host)
-            ranks |= {f"{path}.{index}.{name}": with_factors[f"{name}.u"].shape[1] for name in factored(with_factors)}
+            ranks |= {
+                f"{path}.{index}.{name}": with_factors[f"{name}.u"].shape[1]
+                for name in factored(with_factors)
+            }
 
         def tensor(name: str) -> Tensor:
             if name.startswith(f"{path}."):
@@ -460,7 +484,9 @@ def assemble(
 
 def _evaluated_model(folder: Path, settings: Mapping[str, Any]) -> tuple[PreTrainedModel, Any]:
     device = compute_device()
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=compute_dtype(settings["dtype"], device)).to(device)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=compute_dtype(settings["dtype"], device)).to(
+        device
+    )
     return model, AutoTokenizer.from_pretrained(folder)
 
 
@@ -477,26 +503,50 @@ def _model_folder(model: str) -> Path:
 
 
 def evaluate_perplexity(
-    *, model: str, text: str, output: str, settings: Mapping[str, Any], calibration: Mapping[str, Any], log: str
+    *,
+    model: str,
+    text: str,
+    output: str,
+    settings: Mapping[str, Any],
+    calibration: Mapping[str, Any],
+    log: str,
 ) -> None:
     """Measure a model's perplexity on one text."""
-    with _stage("perplexity", log=Path(log), record=Path(output), advice="lower evaluation.window") as measured:
+    with _stage(
+        "perplexity", log=Path(log), record=Path(output), advice="lower evaluation.window"
+    ) as measured:
         network, tokenizer = _evaluated_model(_model_folder(model), calibration)
         table = read_table(Path(text))
         tokens = evaluate.windows(
             sources.document_text(table), tokenizer, window=settings["window"], windows=settings["windows"]
         )
-        measured["measurement"] = evaluate.perplexity(network, tokens, progress=f"perplexity {Path(text).parts[-3]}")
+        measured["measurement"] = evaluate.perplexity(
+            network, tokens, progress=f"perplexity {Path(text).parts[-3]}"
+        )
 
 
 def evaluate_accuracy(
-    *, model: str, rows: str, task: str, output: str, settings: Mapping[str, Any], calibration: Mapping[str, Any], log: str
+    *,
+    model: str,
+    rows: str,
+    task: str,
+    output: str,
+    settings: Mapping[str, Any],
+    calibration: Mapping[str, Any],
+    log: str,
 ) -> None:
     """Measure a model's zero-shot accuracy on one task."""
-    with _stage(f"accuracy {task}", log=Path(log), record=Path(output), advice="lower evaluation.batch") as measured:
+    with _stage(
+        f"accuracy {task}", log=Path(log), record=Path(output), advice="lower evaluation.batch"
+    ) as measured:
         network, tokenizer = _evaluated_model(_model_folder(model), calibration)
         measured["measurement"] = evaluate.accuracy(
-            network, tokenizer, task=task, rows=Path(rows), limit=settings["limit"], batch_size=settings["batch"]
+            network,
+            tokenizer,
+            task=task,
+            rows=Path(rows),
+            limit=settings["limit"],
+            batch_size=settings["batch"],
         )
 
 
@@ -556,7 +606,9 @@ def publish(
                 "keys": keys,
                 "git": git_state(),
                 "code": code_digest(),
-                "made_by_other_code": sorted({entry["stage"] for entry in everything if entry["code"] != code_digest()}),
+                "made_by_other_code": sorted(
+                    {entry["stage"] for entry in everything if entry["code"] != code_digest()}
+                ),
             },
         }
         report.write_distortion(made, output=Path(figure), run=run.name)
@@ -588,7 +640,11 @@ def _side_by_side(
             continue
         pairs[name] = {"dense": before[metric], "compressed": after[metric]}
         if kind == "accuracy":
-            pairs[name] |= {"stderr": after["stderr"], "stderr_dense": before["stderr"], "count": after["count"]}
+            pairs[name] |= {
+                "stderr": after["stderr"],
+                "stderr_dense": before["stderr"],
+                "count": after["count"],
+            }
         else:
             pairs[name] |= {"windows": after["windows"]}
     return pairs
@@ -608,7 +664,7 @@ def _link_folder(source: Path, target: Path) -> None:
     for file in source.iterdir():
         link = target / file.name
         link.unlink(missing_ok=True)
-        if os.stat(source).st_dev == os.stat(target).st_dev:
+        if source.stat().st_dev == target.stat().st_dev:
             link.hardlink_to(file)
         else:
             shutil.copyfile(file, link)

@@ -179,7 +179,9 @@ def slow_anchored(
             target = weight @ (blend * x + (1 - blend) * x_shifted)
             # Singular values below 1e-10 of the largest are zeros: where v_proj's rank is below the width
             # of its heads, o_proj reads heads of fewer directions than they have channels.
-            solution = torch.from_numpy(np.linalg.lstsq(x_shifted.T, target.T, rcond=1e-10)[0]).T
+            solution = torch.from_numpy(
+                np.linalg.lstsq(x_shifted.T.numpy(), target.T.numpy(), rcond=1e-10)[0]
+            ).T
             rank = uniform_rank(*weight.shape, parameter_ratio=ratio)
             left = torch.linalg.svd(solution @ x_shifted, full_matrices=False).U[:, :rank]
             weights[name] = left @ left.T @ solution
@@ -287,7 +289,7 @@ def test_ridge_is_relative_and_reported(llama: Case) -> None:
 
 
 def test_ridge_keeps_rounding_noise_from_being_inverted(case_of: Callable[..., Case]) -> None:
-    """At this ratio v_proj's rank is below the width of its heads, so o_proj's inputs do not fill their heads.
+    """At this ratio v_proj's rank is below the width of its heads: o_proj's inputs do not fill theirs.
 
     In float64 the empty directions are dropped. In bfloat16 rounding fills them with noise some 300 times
     smaller than a channel, which the anchored solution is free to use, with weights to match.

@@ -52,7 +52,14 @@ class Problem(NamedTuple):
     def solve(self, rank: int) -> Factors:
         gram, cross = self.shifted @ self.shifted.T, self.original @ self.shifted.T
         tall = self.weight.shape[0] > self.weight.shape[1]
-        target = prepare(gram, cross_gram=cross, blend=self.blend, ridge=self.ridge, need_root=tall)
+        target = prepare(
+            gram,
+            cross_gram=cross,
+            blend=self.blend,
+            ridge=self.ridge,
+            need_root=tall,
+            token_count=self.shifted.shape[1],
+        )
         return factorize(self.weight, target, rank=rank)
 
     def reference(self, rank: int) -> Tensor:
@@ -129,7 +136,7 @@ def test_input_agnostic_is_plain_svd(shape: tuple[int, int], ridge: float) -> No
     left, singular, right = torch.linalg.svd(weight, full_matrices=False)
     for need_root in {True, shape[0] > shape[1]}:
         identity = torch.eye(shape[1], dtype=torch.float64)
-        target = prepare(identity, cross_gram=None, blend=0, ridge=ridge, need_root=need_root)
+        target = prepare(identity, cross_gram=None, blend=0, ridge=ridge, need_root=need_root, token_count=1)
         for rank in ranks(shape):
             factors = factorize(weight, target, rank=rank)
             expected = left[:, :rank] * singular[:rank] @ right[:rank]
@@ -195,6 +202,7 @@ def test_directions_that_no_token_excites_are_counted_and_left_out(
         blend=layer.blend,
         ridge=0,
         need_root=True,
+        token_count=1,
     )
     assert target.dropped == (shape[1] - shape[1] // 2 if dead is None else dead)
     assert target.cutoff == shape[1] * EPS
@@ -222,7 +230,9 @@ def test_no_inputs_at_all() -> None:
     for shape in SHAPES:
         for blend in (0.0, 1.0):
             zero = torch.zeros(shape[1], shape[1], dtype=torch.float64)
-            target = prepare(zero, cross_gram=zero, blend=blend, ridge=0, need_root=shape[0] > shape[1])
+            target = prepare(
+                zero, cross_gram=zero, blend=blend, ridge=0, need_root=shape[0] > shape[1], token_count=1
+            )
             factors = factorize(random(*shape), target, rank=2)
             assert torch.isfinite(factors.u).all() and torch.isfinite(factors.v).all()
             assert math.isfinite(factors.kept)
@@ -312,17 +322,31 @@ def test_scale_of_the_inputs_does_not_matter(objective: str) -> None:
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_factors_share_the_scale_evenly(shape: tuple[int, int], objective: str) -> None:
+@pytest.mark.parametrize("tokens", [40, 4000])
+def test_factors_share_the_scale_evenly(shape: tuple[int, int], objective: str, tokens: int) -> None:
+    """Column i of u has norm √σ_i, and so has the latent v_i x' of a token, in the root mean square."""
+    layer = problem(shape, objective, tokens=tokens)
     for rank in ranks(shape):
-        factors = problem(shape, objective).solve(rank)
+        factors = layer.solve(rank)
         assert factors.u.shape == (shape[0], rank) and factors.v.shape == (rank, shape[1])
         assert factors.u.dtype == factors.v.dtype == torch.float64
-        torch.testing.assert_close(factors.u.norm(dim=0), factors.v.norm(dim=1), rtol=10 * EPS, atol=0)
+        latent = (factors.v @ layer.shifted).square().mean(1).sqrt()
+        # The smallest σ of these is above 1e-2 of the largest, and its square an eigenvalue right to some
+        # eps of the largest.
+        torch.testing.assert_close(factors.u.norm(dim=0), latent, rtol=1e5 * EPS, atol=0)
+        # Directions are independent of one another on both sides.
+        for gram in (
+            factors.u.T @ factors.u,
+            (factors.v @ layer.shifted) @ (factors.v @ layer.shifted).T / tokens,
+        ):
+            torch.testing.assert_close(
+                gram, gram.diagonal().diag(), rtol=0, atol=1000 * EPS * float(gram.max())
+            )
 
 
 def test_root_is_a_root() -> None:
     gram = random(7, 30) @ random(7, 30).T
-    target = prepare(gram, cross_gram=None, blend=0, ridge=0.1, need_root=True)
+    target = prepare(gram, cross_gram=None, blend=0, ridge=0.1, need_root=True, token_count=1)
     ridge = 0.1 * float(gram.diagonal().mean())
     assert target.ridge == pytest.approx(ridge, rel=2 * EPS)
     torch.testing.assert_close(
@@ -342,7 +366,7 @@ def test_result_is_deterministic_and_arguments_stay(objective: str) -> None:
     before = [argument.clone() for argument in arguments]
     results = []
     for _ in range(2):
-        target = prepare(gram, cross_gram=cross, blend=layer.blend, ridge=0.1, need_root=True)
+        target = prepare(gram, cross_gram=cross, blend=layer.blend, ridge=0.1, need_root=True, token_count=1)
         results.append(factorize(layer.weight, target, rank=3))
     assert all(map(torch.equal, results[0][:3], results[1][:3]))
     assert all(map(torch.equal, arguments, before))
@@ -364,16 +388,27 @@ def test_covariance_that_is_not_finite_is_refused(bad: float, which: str) -> Non
     grams = {name: torch.eye(3, dtype=torch.float64) for name in ("gram", "cross_gram")}
     grams[which][1, 2] = bad
     with pytest.raises(ValueError, match="covariance is not finite"):
-        prepare(grams["gram"], cross_gram=grams["cross_gram"], blend=1, ridge=0, need_root=False)
+        prepare(
+            grams["gram"], cross_gram=grams["cross_gram"], blend=1, ridge=0, need_root=False, token_count=1
+        )
 
 
 def test_blend_needs_the_cross_gram() -> None:
     with pytest.raises(ValueError, match=r"blend 0\.5 .* needs the cross-Gram"):
-        prepare(torch.eye(3, dtype=torch.float64), cross_gram=None, blend=0.5, ridge=0, need_root=False)
+        prepare(
+            torch.eye(3, dtype=torch.float64),
+            cross_gram=None,
+            blend=0.5,
+            ridge=0,
+            need_root=False,
+            token_count=1,
+        )
 
 
 def test_rank_and_shape_that_do_not_fit_are_refused() -> None:
-    target = prepare(torch.eye(4, dtype=torch.float64), cross_gram=None, blend=0, ridge=0, need_root=False)
+    target = prepare(
+        torch.eye(4, dtype=torch.float64), cross_gram=None, blend=0, ridge=0, need_root=False, token_count=1
+    )
     for rank in (0, -1, 4):
         with pytest.raises(ValueError, match=f"rank {rank} must lie between 1 and 3 for a 3 x 4 weight"):
             factorize(random(3, 4), target, rank=rank)

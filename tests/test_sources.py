@@ -341,7 +341,7 @@ def test_failed_download_gives_pips_reason_and_leaves_nothing(
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_single_file_is_one_row_in_either_split(split: str, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_bytes(b"one\r\n\r\n two\n")
-    assert _rows({"path": str(tmp_path / "notes.txt")}, tmp_path, split=split) == ["one\r\n\r\n two\n"]
+    assert _rows({"path": str(tmp_path / "notes.txt")}, tmp_path, split=split) == ["one\n\n two\n"]
     assert pq.read_schema(tmp_path / "text.parquet").names == ["text"]
     verify(tmp_path / "text.parquet")
 

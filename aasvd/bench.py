@@ -1,0 +1,226 @@
+"""Measure the pipeline on this machine: `make bench`, or `python -m aasvd.bench [tuned] [paper] [norefine]`.
+
+Each benchmark runs real Snakemake in a folder of its own, so that nothing is reused but fetched sources.
+The work is that of the comparison with the official AA-SVD code: SmolLM2-135M, ratio 0.6, 32 sequences of
+512 tokens in order. Times are worth comparing within one run only.
+"""
+
+import json
+import logging
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from aasvd import params
+
+REPOSITORY = Path(__file__).parent.parent
+PEER = REPOSITORY.parent / "shared" / "data" / "peer"
+CALIBRATION = {"sequences": 32, "tokens": 512, "sampling": "sequential"}
+BENCHMARKS: dict[str, dict[str, Any]] = {
+    "tuned": {},
+    "paper": {
+        "compression": {"objective": "anchored"},
+        "refinement": {"epochs": 25, "batch": 8, "learning_rate": 1e-4, "shuffle": False},
+    },
+    "norefine": {"compression": {"objective": "anchored"}, "refinement": {"epochs": 0}},
+}
+_logger = logging.getLogger(__name__)
+
+
+def matrix_gflops(dtype: torch.dtype, *, size: int = 2048, repeats: int = 10) -> float:
+    """Return the speed of a large square matrix product on this machine's CPU, in GFLOP/s."""
+    a, b = torch.ones(size, size, dtype=dtype), torch.ones(size, size, dtype=dtype)
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        a @ b
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / statistics.median(seconds) / 1e9
+
+
+def run_workflow(folder: Path, config: Mapping[str, Any], targets: list[str]) -> float:
+    """Run Snakemake on targets in a folder with a configuration, and return its seconds.
+
+    Raises:
+        subprocess.CalledProcessError: If Snakemake fails.
+    """
+    (folder / "params.yaml").write_text(yaml.safe_dump(dict(config), sort_keys=False))
+    command = ["snakemake", "--snakefile", str(REPOSITORY / "Snakefile"), "--cores", "2", *targets]
+    start = time.perf_counter()
+    subprocess.run(command, cwd=folder, check=True)
+    return time.perf_counter() - start
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    """Return the records of all stages in a folder, in the order in which they finished."""
+    files = [*folder.glob("results/artifacts/original/**/*.json"), *folder.glob("results/artifacts/compressed/**/*.json")]
+    found = {file: json.loads(file.read_text()) for file in files if "/model/" not in str(file)}
+    stages = {file: record for file, record in found.items() if "stage" in record}
+    return [stages[file] | {"finished": file.stat().st_mtime} for file in sorted(stages, key=lambda f: f.stat().st_mtime)]
+
+
+def fixed_cost(repository_config: Mapping[str, Any]) -> dict[str, float]:
+    """Return what a stage job costs beside its work: median seconds from job to job on a model of no size.
+
+    Everything counts: scheduling, start, building the model without weights, reading and writing artifacts.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        shape = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2}
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=64, num_hidden_layers=12, **shape))
+        model.save_pretrained(folder / "model")
+        words = {f"w{index}": index for index in range(64)}
+        tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+        tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder / "model")
+        (folder / "text.txt").write_text(" ".join(f"w{index % 64}" for index in range(4096)))
+        config = _merged(
+            repository_config,
+            {
+                "models": {"tiny": {"path": str(folder / "model")}},
+                "texts": {"words": {"path": str(folder / "text.txt")}},
+                "runs": ["tiny_r0.6"],
+                "calibration": {"text": "words", "sequences": 4, "tokens": 16},
+                "refinement": {"epochs": 1},
+                "evaluation": {"texts": ["words"], "tasks": []},
+            },
+        )
+        run_workflow(folder, config, ["compress"])
+        times = [record["finished"] for record in records(folder) if "block" in record["stage"]]
+        gaps = [after - before for before, after in zip(times, times[1:], strict=False)]
+    return {"median": statistics.median(gaps), "largest": max(gaps), "jobs": float(len(times))}
+
+
+def benchmark(repository_config: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Run one benchmark and return seconds per stage, GFLOP/s of refinement, memory and perplexity."""
+    run = "smollm2-135m_r0.6"
+    overrides: dict[str, Any] = {
+        "runs": [run],
+        "calibration": CALIBRATION,
+        "evaluation": {"texts": [], "tasks": [], "windows": 24},
+    }
+    if PEER.is_dir():
+        overrides["texts"] = {"peer": {"path": str(PEER)}}
+        overrides["calibration"] = {**CALIBRATION, "text": "peer"}
+        overrides["evaluation"]["texts"] = ["peer"]
+    config = _merged(_merged(repository_config, overrides), BENCHMARKS[name])
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        (folder / "results" / "artifacts").mkdir(parents=True)
+        for shared in ("results/downloads", "results/artifacts/sources"):
+            (REPOSITORY / shared).mkdir(parents=True, exist_ok=True)
+            (folder / shared).symlink_to(REPOSITORY / shared)
+        run_workflow(folder, config, ["fetch"])
+        total = run_workflow(folder, config, ["compress"])
+        found = records(folder)
+        run_workflow(folder, config, [f"results/{run}/eval.json"])
+        result = json.loads((folder / "results" / run / "eval.json").read_text())
+    stages: dict[str, list[float]] = {}
+    for record in found:
+        stages.setdefault(record["stage"].split(" block", 1)[0], []).append(record["seconds"])
+    epochs = config["refinement"]["epochs"]
+    tokens = CALIBRATION["sequences"] * CALIBRATION["tokens"]
+    work = 6 * result["parameters"]["linears"]["compressed"] * tokens * epochs
+    return {
+        "seconds": total,
+        "stages": {
+            stage: {"jobs": len(seconds), "median": statistics.median(seconds), "total": sum(seconds)}
+            for stage, seconds in stages.items()
+        },
+        "refinement_gflops": work / sum(stages["refine"]) / 1e9 if epochs else None,
+        "peak_memory_mb": max(record["peak_memory_mb"] for record in found),
+        "perplexity": result["perplexity"],
+        "ratio": result["ratio"],
+    }
+
+
+def memory(repository_config: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """Return every stage's peak memory for the first block at two numbers of sequences."""
+    peaks: dict[str, dict[str, float]] = {}
+    for sequences in (32, 128):
+        overrides = {
+            "runs": ["smollm2-135m_r0.6"],
+            "calibration": {**CALIBRATION, "sequences": sequences, "text": "enwiki100"},
+            "compression": {"objective": "anchored"},
+            "refinement": {"epochs": 1},
+        }
+        config = _merged(repository_config, overrides)
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary)
+            (folder / "results" / "artifacts").mkdir(parents=True)
+            for shared in ("results/downloads", "results/artifacts/sources"):
+                (folder / shared).symlink_to(REPOSITORY / shared)
+            paths = params.Paths(config, params.parse_run(config, "smollm2-135m_r0.6"))
+            run_workflow(folder, config, [f"{paths.compressed}/block_000/propagate.json"])
+            for record in records(folder):
+                peaks.setdefault(record["stage"], {})[str(sequences)] = record["peak_memory_mb"]
+    return peaks
+
+
+def _merged(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(config)
+    for key, value in overrides.items():
+        merged[key] = {**merged[key], **value} if isinstance(value, Mapping) else value
+    return merged
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """Return a benchmark result as text."""
+    speed = result["matrix_gflops"]
+    cost = result["fixed_cost"]
+    lines = [
+        f"large matrix product: float32 {speed['float32']:.0f}, bfloat16 {speed['bfloat16']:.0f} GFLOP/s",
+        f"fixed cost of a stage job: median {cost['median']:.3f} s, largest {cost['largest']:.3f} s ({cost['jobs']:.0f} jobs)",
+    ]
+    for name, found in result["benchmarks"].items():
+        lines.append(f"\n{name}: {found['seconds']:.0f} s in all, peak {found['peak_memory_mb']:.0f} MB")
+        lines.append(f"  {'stage':<12}{'jobs':>6}{'median s':>10}{'total s':>10}")
+        lines += [
+            f"  {stage:<12}{row['jobs']:>6}{row['median']:>10.2f}{row['total']:>10.1f}"
+            for stage, row in found["stages"].items()
+        ]
+        if found["refinement_gflops"]:
+            lines.append(f"  refinement: {found['refinement_gflops']:.0f} GFLOP/s")
+        lines += [
+            f"  perplexity on {text}: dense {pair['dense']:.2f}, compressed {pair['compressed']:.2f}"
+            for text, pair in found["perplexity"].items()
+        ]
+    lines.append("\npeak memory (MB) at 32 and 128 sequences:")
+    lines += [f"  {stage:<20}{row.get('32', 0):>8.0f}{row.get('128', 0):>8.0f}" for stage, row in result["memory"].items()]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run the benchmarks named on the command line (all but `paper` by default), print and save them."""
+    names = sys.argv[1:] or ["tuned", "norefine"]
+    config = yaml.safe_load((REPOSITORY / "params.yaml").read_text())
+    result = {
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "matrix_gflops": {
+            "float32": matrix_gflops(torch.float32),
+            "bfloat16": matrix_gflops(torch.bfloat16),
+        },
+        "fixed_cost": fixed_cost(config),
+        "benchmarks": {name: benchmark(config, name) for name in names},
+        "memory": memory(config),
+    }
+    output = REPOSITORY / "results" / "bench.json"
+    output.parent.mkdir(exist_ok=True)
+    output.write_text(json.dumps(result, indent=2) + "\n")
+    sys.stdout.write(table(result) + f"\nsaved in {output.relative_to(REPOSITORY)}\n")
+
+
+if __name__ == "__main__":
+    main()

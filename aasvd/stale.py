@@ -1,0 +1,57 @@
+"""List, and on request remove, artifacts that no run of today's params.yaml refers to: `make clean-stale`."""
+
+import shutil
+import sys
+from pathlib import Path
+
+import yaml
+
+from aasvd import params
+
+
+def stale(config: params.Config) -> list[Path]:
+    """Return the key folders that belong to no listed run and to no published run's model and ratio.
+
+    A run counts if params.yaml lists it or its folder lies under results/.
+    """
+    published = [file.parent.name for file in Path("results").glob("*/eval.json")]
+    current: set[Path] = set()
+    for name in dict.fromkeys([*config["runs"], *published]):
+        match = params.RUN.fullmatch(name)
+        if match is None or match["model"] not in config["models"] or (match["variant"] or None) not in [
+            None,
+            *config["variants"],
+        ]:
+            continue
+        run = params.parse_run(config, name)
+        paths = params.Paths(config, run)
+        current |= {paths.model, paths.calibration, paths.original, paths.compressed, paths.evaluation}
+        current.add(paths.dense_evaluation)
+        texts = [(run.settings["calibration"]["text"], "train"), *((t, "test") for t in run.settings["evaluation"]["texts"])]
+        current |= {params.text_file(config, text, split).parent for text, split in texts}
+        current |= {params.task_file(config, task).parent for task in run.settings["evaluation"]["tasks"]}
+    folders = [
+        *params.ARTIFACTS.glob("sources/*/*/*"),
+        *params.ARTIFACTS.glob("calibration/*/*"),
+        *params.ARTIFACTS.glob("original/*/*"),
+        *params.ARTIFACTS.glob("compressed/*/*/*"),
+        *params.ARTIFACTS.glob("evaluation/*/*/*"),
+    ]
+    return sorted(folder for folder in folders if folder.is_dir() and folder not in current)
+
+
+def main() -> None:
+    """Print stale folders and their sizes; with `--remove`, delete them."""
+    config = yaml.safe_load(Path("params.yaml").read_text())
+    params.validate(config)
+    found = stale(config)
+    for folder in found:
+        size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+        sys.stdout.write(f"{size / 2**20:10.1f} MB  {folder}\n")
+        if "--remove" in sys.argv[1:]:
+            shutil.rmtree(folder)
+    sys.stdout.write(f"{len(found)} stale\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,408 @@
+import copy
+import itertools
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from aasvd import params
+
+ROOT = Path(__file__).parent.parent
+Config = dict[str, Any]
+
+
+@pytest.fixture
+def config() -> Config:
+    loaded = yaml.safe_load((ROOT / "params.yaml").read_text())
+    assert isinstance(loaded, dict)
+    return loaded
+
+
+@pytest.fixture
+def local(config: Config, tmp_path: Path) -> Config:
+    """The shipped settings with a model, a text and a task that lie in local files."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model.safetensors").write_bytes(bytes(range(256)) * 8)
+    (tmp_path / "notes.txt").write_text("some words")
+    (tmp_path / "piqa.jsonl").write_text("{}\n")
+    config["models"]["mine"] = {"path": str(tmp_path / "model")}
+    config["texts"]["notes"] = {"path": str(tmp_path / "notes.txt")}
+    config["calibration"]["text"] = "notes"
+    config["evaluation"] |= {"texts": ["notes"], "tasks": ["piqa"]}
+    config["data_dir"] = str(tmp_path)
+    return config
+
+
+def paths(config: Config, run: str = "mine_r0.6") -> params.Paths:
+    return params.Paths(config, params.parse_run(config, run))
+
+
+def where(found: params.Paths) -> dict[str, Path]:
+    return {name: value for name, value in vars(found).items() if isinstance(value, Path)}
+
+
+def schema_properties(node: Any, place: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield every property of a schema, however deep, with its name."""
+    if isinstance(node, Mapping):
+        for name, value in node.get("properties", {}).items():
+            yield f"{place}.{name}", value
+        for name, value in node.items():
+            yield from schema_properties(value, f"{place}.{name}")
+
+
+# --- the schema -------------------------------------------------------------------------------------------
+
+
+def test_shipped_parameters_are_valid(config: Config) -> None:
+    params.validate(config)
+    assert {"llama7b", "llama2-7b", "llama2-13b", "llama3-1b", "llama3-8b", "qwen2.5-7b", "smollm2-135m"} <= set(
+        config["models"]
+    )
+
+
+def test_every_key_of_the_schema_says_what_it_is_and_none_has_a_default() -> None:
+    schema = yaml.safe_load(params.SCHEMA.read_text())
+    properties = dict(schema_properties(schema))
+    assert len(properties) > 40
+    for name, value in properties.items():
+        assert "default" not in value, name
+        # Sections of a variant refer to definitions that describe each key.
+        if set(value) != {"$ref"} and set(value) != {"$ref", "required"}:
+            assert value.get("description"), f"{name} has no description"
+
+
+def test_no_object_of_the_schema_takes_unknown_keys() -> None:
+    def objects(node: Any) -> Iterator[Mapping[str, Any]]:
+        if isinstance(node, Mapping):
+            if node.get("type") == "object":
+                yield node
+            for value in node.values():
+                yield from objects(value)
+
+    schema = yaml.safe_load(params.SCHEMA.read_text())
+    for node in objects(schema):
+        assert node.get("additionalProperties") is False or isinstance(node["additionalProperties"], Mapping), node
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (["refinment"], {}, r"refinment"),
+        (["calibration", "sequence"], 3, r"calibration: .*sequence"),
+        (["calibration", "sequences"], "many", r"calibration\.sequences: 'many' is not of type 'integer'"),
+        (["calibration", "sequences"], 0, r"calibration\.sequences: 0 is less than the minimum of 1"),
+        (["calibration", "sampling"], "best", r"calibration\.sampling: 'best' is not one of \['random', 'sequential'\]"),
+        (["calibration", "batch"], True, r"calibration\.batch: True is not of type 'integer'"),
+        (["compression", "objective"], "obj4", r"compression\.objective: 'obj4' is not one of .*anchored"),
+        (["compression", "blend"], 1.5, r"compression\.blend: 1\.5 is greater than the maximum of 1"),
+        (["refinement", "learning_rate"], 0, r"refinement\.learning_rate: 0 is less than or equal to the minimum of 0"),
+        (["refinement", "shuffle"], "no", r"refinement\.shuffle: 'no' is not of type 'boolean'"),
+        (["evaluation", "window"], 1, r"evaluation\.window: 1 is less than the minimum of 2"),
+        (["evaluation", "texts"], ["nowhere"], r"unknown text 'nowhere'; params\.yaml has .*wikitext2"),
+        (["calibration", "text"], "nowhere", r"unknown text 'nowhere'"),
+        (["models", "mine"], {"path": "a", "hub": "b"}, r"models\.mine"),
+        (["models", "mine"], {"package": "tiny"}, r"models\.mine"),
+        (["models", "no/slash"], {"path": "a"}, r"models: 'no/slash' does not match"),
+        (["variants", "wild"], {"refinement": {"epoch": 1}}, r"variants\.wild\.refinement: .*epoch"),
+        (["variants", "wild"], {"models": {}}, r"variants\.wild: .*models"),
+        (["variants", "wild"], {"evaluation": {"texts": ["nowhere"]}}, r"unknown text 'nowhere'"),
+        (["variants", "with_line"], {}, r"variants: 'with_line' does not match"),
+        (["runs"], ["smollm2-135m"], r"runs\.0: 'smollm2-135m' does not match"),
+        (["runs"], ["nobody_r0.6"], r"unknown model 'nobody'; params\.yaml has llama2-13b, .*smollm2-135m"),
+        (["runs"], ["llama7b_r0.6_none"], r"unknown variant 'none'; params\.yaml has anchored, norefine, paper"),
+        (["runs"], ["llama7b_r1.5"], r"ratio 1\.5 must lie between 0 and 1"),
+        (["seed"], -1, r"seed: -1 is less than the minimum of 0"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_one_line_that_names_the_key(config: Config, path: list[str], value: Any, message: str) -> None:
+    place = config
+    for name in path[:-1]:
+        place = place[name]
+    place[path[-1]] = value
+    with pytest.raises(ValueError, match=message) as raised:
+        params.validate(config)
+    assert "\n" not in str(raised.value)
+    assert len(str(raised.value)) < 400
+
+
+def test_a_missing_key_is_named(config: Config) -> None:
+    del config["refinement"]["clip"]
+    with pytest.raises(ValueError, match="refinement: 'clip' is a required property"):
+        params.validate(config)
+
+
+# --- runs -------------------------------------------------------------------------------------------------
+
+
+def test_a_run_has_the_model_ratio_and_merged_settings_of_its_name(config: Config) -> None:
+    before = copy.deepcopy(config)
+    run = params.parse_run(config, "llama2-7b_r0.8_paper")
+    assert (run.name, run.model, run.ratio) == ("llama2-7b_r0.8_paper", "llama2-7b", 0.8)
+    assert run.settings["refinement"] == config["refinement"] | config["variants"]["paper"]["refinement"]
+    assert run.settings["compression"] == config["compression"]
+    run.settings["evaluation"]["texts"].append("c4")
+    assert config == before  # a run's settings are its own
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("llama7b", "must have the form"),
+        ("llama7b_0.6", "must have the form"),
+        ("llama7b_r0.6_", "must have the form"),
+        ("llama7b_r0.6_a_b", "must have the form"),
+        ("llama7b_r0", "ratio 0 must lie"),
+        ("llama7b_r0.0", r"ratio 0\.0 must lie"),
+        ("llama7b_r1", "ratio 1 must lie"),
+        ("llama7b_r1.0", "share of parameters kept"),
+        ("llama7b_r0.6.1", r"ratio 0\.6\.1 must lie"),
+        ("llama7b_r.", r"ratio \. must lie"),
+        ("gpt_r0.6", "unknown model 'gpt'; params.yaml has "),
+        ("llama7b_r0.6_fast", "unknown variant 'fast'; params.yaml has "),
+    ],
+)
+def test_a_malformed_run_is_refused(config: Config, name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        params.parse_run(config, name)
+
+
+def test_a_model_name_may_contain_the_mark_of_a_ratio(config: Config) -> None:
+    config["models"]["a_r0.5"] = {"path": "a"}
+    assert params.parse_run(config, "a_r0.5_r0.7_norefine")[1:3] == ("a_r0.5", 0.7)
+
+
+def test_ratios_written_in_two_ways_share_their_artifacts(local: Config) -> None:
+    assert where(paths(local, "mine_r0.6")) == where(paths(local, "mine_r0.60")) == where(paths(local, "mine_r.6"))
+
+
+# --- keys -------------------------------------------------------------------------------------------------
+
+# What moves when a setting changes; everything else has to stay where it is.
+COMPRESSED = {"compressed", "evaluation"}
+ORIGINAL = COMPRESSED | {"calibration", "original"}
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "moved"),
+    [
+        ("calibration", "sequences", 7, ORIGINAL),
+        ("calibration", "tokens", 7, ORIGINAL),
+        ("calibration", "sampling", "sequential", ORIGINAL),
+        ("calibration", "dtype", "bfloat16", ORIGINAL),
+        ("calibration", "text", "lee-news", ORIGINAL),
+        ("calibration", "batch", 3, set()),
+        ("calibration", "keep_activations", False, set()),
+        ("compression", "objective", "anchored", COMPRESSED),
+        ("compression", "ridge", 0.1, COMPRESSED),
+        ("compression", "blend", 0.1, set()),
+        ("refinement", "epochs", 3, COMPRESSED),
+        ("refinement", "batch", 3, COMPRESSED),
+        ("refinement", "learning_rate", 0.5, COMPRESSED),
+        ("refinement", "weight_decay", 0.5, COMPRESSED),
+        ("refinement", "clip", 0.5, COMPRESSED),
+        ("refinement", "shuffle", False, COMPRESSED),
+        ("evaluation", "texts", ["lee-news"], set()),
+        ("evaluation", "window", 7, set()),
+        ("evaluation", "batch", 3, set()),
+    ],
+)
+def test_a_setting_moves_exactly_what_it_determines(
+    local: Config, section: str, key: str, value: Any, moved: set[str]
+) -> None:
+    before = paths(local)
+    local[section][key] = value
+    after = paths(local)
+    assert {name for name, path in where(after).items() if path != where(before)[name]} == moved
+
+
+def test_blend_counts_where_it_is_used(local: Config) -> None:
+    local["compression"]["objective"] = "blended"
+    before = paths(local)
+    local["compression"]["blend"] = 0.1
+    assert paths(local).compressed != before.compressed
+
+
+def test_refinement_settings_do_not_count_where_it_is_off(local: Config) -> None:
+    local["refinement"]["epochs"] = 0
+    before = paths(local)
+    local["refinement"]["learning_rate"] = 0.5
+    assert paths(local).compressed == before.compressed
+
+
+def test_seed_and_ratio_move_what_they_determine(local: Config) -> None:
+    before = paths(local)
+    assert paths(local, "mine_r0.5").original == before.original
+    assert paths(local, "mine_r0.5").compressed != before.compressed
+    assert paths(local, "mine_r0.5").dense_evaluation == before.dense_evaluation
+    local["seed"] = 1
+    assert paths(local).original != before.original
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "changed"),
+    [("window", 7, {"perplexity"}), ("windows", 7, {"perplexity"}), ("limit", 7, {"accuracy"}), ("batch", 7, set())],
+)
+def test_an_evaluation_setting_renames_only_its_measurements(
+    local: Config, key: str, value: int, changed: set[str]
+) -> None:
+    before = paths(local).measurements()
+    local["evaluation"][key] = value
+    after = paths(local).measurements()
+    assert {new.split("_")[0] for old, new in zip(before, after, strict=True) if old != new} == changed
+
+
+@pytest.mark.parametrize("kind", ["model", "text", "task", "calibration", "compression", "evaluation"])
+def test_a_format_version_moves_its_artifacts(local: Config, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def everything() -> dict[str, object]:
+        found = paths(local)
+        return {
+            **where(found),
+            "text": params.text_file(local, "notes", "train"),
+            "task": params.task_file(local, "piqa"),
+            "measurements": found.measurements(),
+        }
+
+    before = everything()
+    monkeypatch.setitem(params.VERSIONS, kind, params.VERSIONS[kind] + 1)
+    after = everything()
+    own = {"evaluation": "measurements", "compression": "compressed"}.get(kind, kind)
+    assert before[own] != after[own]
+
+
+@pytest.mark.parametrize(("file", "moved"), [("model/model.safetensors", "model"), ("notes.txt", "text")])
+def test_other_bytes_in_a_local_source_are_another_source(
+    local: Config, tmp_path: Path, file: str, moved: str
+) -> None:
+    def folder() -> Path:
+        return paths(local).model if moved == "model" else params.text_file(local, "notes", "train")
+
+    before, original = folder(), paths(local).original
+    (tmp_path / file).write_bytes(b"x" + (tmp_path / file).read_bytes()[1:])
+    assert folder() != before
+    assert paths(local).original != original
+
+
+def test_rows_of_a_task_count_by_their_content(local: Config, tmp_path: Path) -> None:
+    before = params.task_file(local, "piqa")
+    (tmp_path / "piqa.jsonl").write_text('{"goal": ""}\n')
+    assert params.task_file(local, "piqa") != before
+    assert params.task_file(local, "winogrande") == params.task_file(local | {"data_dir": ""}, "winogrande")
+
+
+def test_content_is_sampled_all_over_a_large_file(tmp_path: Path) -> None:
+    file = tmp_path / "large"
+    file.write_bytes(bytes(4 << 20))
+    before = params._content({"path": str(file)})
+    for start in range(0, 4 << 20, 1 << 16):  # any sixteenth of a megabyte that is written anew shows
+        with file.open("r+b") as stream:
+            stream.seek(start)
+            stream.write(b"\1" * (1 << 16))
+        assert params._content({"path": str(file)}) != before
+        file.write_bytes(bytes(4 << 20))
+
+
+def test_keys_do_not_depend_on_the_order_of_settings() -> None:
+    keys = {params.key_of(dict(order)) for order in itertools.permutations([("a", 1), ("b", [2]), ("c", None)])}
+    (key,) = keys
+    assert len(key) == 10 and int(key, 16) >= 0
+
+
+def test_runs_are_found_again_by_their_keys(local: Config) -> None:
+    for name in ("mine_r0.6", "mine_r0.55", "mine_r0.6_norefine", "mine_r0.6_anchored"):
+        made = paths(local, name)
+        found = params.find_run(
+            local, model="mine", calibration=made.calibration.name, compression=made.compressed.name
+        )
+        assert where(params.Paths(local, found)) == where(made), name
+        assert found.settings["compression"] == params.parse_run(local, name).settings["compression"]
+    for measurement in made.measurements():
+        found = params.find_measurement(local, model="mine", measurement=measurement.removesuffix(".json"))
+        assert measurement in params.Paths(local, found).measurements()
+
+
+def test_keys_of_other_parameters_are_refused(local: Config) -> None:
+    made = paths(local)
+    with pytest.raises(ValueError, match=r"made with other parameters \(see key\.json"):
+        params.find_run(local, model="mine", calibration="0" * 10)
+    with pytest.raises(ValueError, match="compression key r0.6-0000000000"):
+        params.find_run(local, model="mine", calibration=made.calibration.name, compression="r0.6-" + "0" * 10)
+    with pytest.raises(ValueError, match="no run of today's params.yaml makes the measurement"):
+        params.find_measurement(local, model="mine", measurement="perplexity_notes-0")
+
+
+# --- phases and publication -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("phase", params.PHASES)
+def test_the_files_of_a_phase_lie_in_the_outputs_of_its_dvc_stage(local: Config, phase: str) -> None:
+    stage = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"][phase]
+    outputs = [path for out in stage["outs"] for path in out]
+    assert all(out[path]["persist"] for out in stage["outs"] for path in out)
+    files = params.phase_targets(local, params.parse_run(local, "mine_r0.6"), phase, blocks=lambda: 3)
+    assert files
+    for file in files:
+        assert any(Path(file).is_relative_to(output) for output in outputs), file
+
+
+def test_published_files_lie_in_the_outputs_of_their_dvc_stage() -> None:
+    stage = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]["publish"]["do"]
+    outputs = {path for kind in ("outs", "metrics", "plots") for out in stage[kind] for path in out}
+    assert outputs == {
+        f"results/${{item}}/{name}" for name in ("model", "results.html", "eval.json", "figures/distortion.svg")
+    }
+
+
+def test_dvc_stages_watch_parameters_that_exist(config: Config) -> None:
+    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+    assert list(stages) == [*params.PHASES, "publish"]
+    for name, stage in stages.items():
+        for key in stage.get("params", []):
+            section, _, inner = key.partition(".")
+            assert not inner or inner in config[section], f"{name}: {key}"
+            assert section in config, f"{name}: {key}"
+
+
+def test_only_the_files_of_early_phases_need_no_number_of_blocks(local: Config) -> None:
+    def unknown() -> int:
+        raise AssertionError("asked for the number of blocks")
+
+    run = params.parse_run(local, "mine_r0.6")
+    for phase in ("fetch", "sample", "evaluate"):
+        params.phase_targets(local, run, phase, blocks=unknown)
+    with pytest.raises(AssertionError):
+        params.phase_targets(local, run, "compress", blocks=unknown)
+
+
+def test_a_run_is_published_as_long_as_its_keys_are_todays(
+    local: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def published() -> bool:
+        run = params.parse_run(local, "mine_r0.6")
+        return params.is_published(run, params.Paths(local, run))
+
+    assert published()  # nothing is out of date where nothing is
+    file = Path("results/mine_r0.6/eval.json")
+    file.parent.mkdir(parents=True)
+    file.write_text(json.dumps({"provenance": {"keys": paths(local).publication()}}))
+    assert published()
+    for change in ({"refinement": {"epochs": 1}}, {"evaluation": {"limit": 1}}, {"calibration": {"tokens": 2}}):
+        ((section, changed),) = change.items()
+        kept = dict(local[section])
+        local[section].update(changed)
+        assert not published(), section
+        local[section].update(kept)
+    assert published()
+
+
+Maker = Callable[[Config, str], object]
+
+
+@pytest.mark.parametrize("make", [params.model_folder, lambda c, n: params.text_file(c, n, "test")])
+def test_names_that_are_in_no_registry_are_refused(local: Config, make: Maker) -> None:
+    with pytest.raises(ValueError, match="unknown (model|text) 'nobody'; params.yaml has "):
+        make(local, "nobody")
