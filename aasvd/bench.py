@@ -5,8 +5,8 @@ The work is that of the comparison with the official AA-SVD code: SmolLM2-135M, 
 512 tokens in order. Times are worth comparing within one run only.
 """
 
+import itertools
 import json
-import logging
 import os
 import statistics
 import subprocess
@@ -26,16 +26,15 @@ from aasvd import params
 
 REPOSITORY = Path(__file__).parent.parent
 PEER = REPOSITORY.parent / "shared" / "data" / "peer"
-CALIBRATION = {"sequences": 32, "tokens": 512, "sampling": "sequential"}
+CALIBRATION: dict[str, Any] = {"sequences": 32, "tokens": 512, "sampling": "sequential"}
 BENCHMARKS: dict[str, dict[str, Any]] = {
     "tuned": {},
     "paper": {
         "compression": {"objective": "anchored"},
-        "refinement": {"epochs": 25, "batch": 8, "learning_rate": 1e-4, "shuffle": False},
+        "refinement": {"epochs": 25, "batch": 8, "learning_rate": 1e-4, "shuffle": False, "loss": "mse"},
     },
     "norefine": {"compression": {"objective": "anchored"}, "refinement": {"epochs": 0}},
 }
-_logger = logging.getLogger(__name__)
 
 
 def matrix_gflops(dtype: torch.dtype, *, size: int = 2048, repeats: int = 10) -> float:
@@ -64,10 +63,16 @@ def run_workflow(folder: Path, config: Mapping[str, Any], targets: list[str]) ->
 
 def records(folder: Path) -> list[dict[str, Any]]:
     """Return the records of all stages in a folder, in the order in which they finished."""
-    files = [*folder.glob("results/artifacts/original/**/*.json"), *folder.glob("results/artifacts/compressed/**/*.json")]
+    files = [
+        *folder.glob("results/artifacts/original/**/*.json"),
+        *folder.glob("results/artifacts/compressed/**/*.json"),
+    ]
     found = {file: json.loads(file.read_text()) for file in files if "/model/" not in str(file)}
     stages = {file: record for file, record in found.items() if "stage" in record}
-    return [stages[file] | {"finished": file.stat().st_mtime} for file in sorted(stages, key=lambda f: f.stat().st_mtime)]
+    return [
+        stages[file] | {"finished": file.stat().st_mtime}
+        for file in sorted(stages, key=lambda f: f.stat().st_mtime)
+    ]
 
 
 def fixed_cost(repository_config: Mapping[str, Any]) -> dict[str, float]:
@@ -77,7 +82,12 @@ def fixed_cost(repository_config: Mapping[str, Any]) -> dict[str, float]:
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        shape = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2}
+        shape = {
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+        }
         model = LlamaForCausalLM(LlamaConfig(vocab_size=64, num_hidden_layers=12, **shape))
         model.save_pretrained(folder / "model")
         words = {f"w{index}": index for index in range(64)}
@@ -98,7 +108,7 @@ def fixed_cost(repository_config: Mapping[str, Any]) -> dict[str, float]:
         )
         run_workflow(folder, config, ["compress"])
         times = [record["finished"] for record in records(folder) if "block" in record["stage"]]
-        gaps = [after - before for before, after in zip(times, times[1:], strict=False)]
+        gaps = [after - before for before, after in itertools.pairwise(times)]
     return {"median": statistics.median(gaps), "largest": max(gaps), "jobs": float(len(times))}
 
 
@@ -181,7 +191,8 @@ def table(result: Mapping[str, Any]) -> str:
     cost = result["fixed_cost"]
     lines = [
         f"large matrix product: float32 {speed['float32']:.0f}, bfloat16 {speed['bfloat16']:.0f} GFLOP/s",
-        f"fixed cost of a stage job: median {cost['median']:.3f} s, largest {cost['largest']:.3f} s ({cost['jobs']:.0f} jobs)",
+        f"fixed cost of a stage job: median {cost['median']:.3f} s, largest {cost['largest']:.3f} s, "
+        f"over {cost['jobs']:.0f} jobs",
     ]
     for name, found in result["benchmarks"].items():
         lines.append(f"\n{name}: {found['seconds']:.0f} s in all, peak {found['peak_memory_mb']:.0f} MB")
@@ -197,7 +208,10 @@ def table(result: Mapping[str, Any]) -> str:
             for text, pair in found["perplexity"].items()
         ]
     lines.append("\npeak memory (MB) at 32 and 128 sequences:")
-    lines += [f"  {stage:<20}{row.get('32', 0):>8.0f}{row.get('128', 0):>8.0f}" for stage, row in result["memory"].items()]
+    lines += [
+        f"  {stage:<20}{row.get('32', 0):>8.0f}{row.get('128', 0):>8.0f}"
+        for stage, row in result["memory"].items()
+    ]
     return "\n".join(lines)
 
 

@@ -217,7 +217,7 @@ def forward_arguments(
         dtype: Float type of the activations.
     """
     model = copy.deepcopy(parts.model)
-    filled = _fill(Skeleton(model, model.get_submodule(parts.path), parts.path), dtype)  # type: ignore[arg-type]
+    filled = _fill(Skeleton(model, model.get_submodule(parts.path), parts.path), dtype)
     arguments = _enter(filled, torch.zeros(1, tokens, dtype=torch.long)).arguments
     return [place(mapping, device=device, dtype=dtype) for mapping in arguments]
 

@@ -360,8 +360,9 @@ def verify(folder: Path) -> None:
     Raises:
         DamagedArtifactError: If the list or a file in it is missing, or a file's bytes differ.
     """
-    remedy = f"remake the checkpoint with\n    {remake_command(folder)}"
     checksums = folder / CHECKSUMS
+    # The list is what a rule makes; Snakemake knows no folder by this name.
+    remedy = f"remake the checkpoint with\n    {remake_command(checksums)}"
     if not checksums.exists():
         raise DamagedArtifactError(f"{checksums} is missing; {remedy}")
     lines = checksums.read_text().splitlines()

@@ -95,7 +95,7 @@ def parse_run(config: Config, name: str) -> Run:
     choose(match["model"], config["models"], "model")
     if not re.fullmatch(r"\d*\.?\d+", match["ratio"]) or not 0 < float(match["ratio"]) < 1:
         raise ValueError(
-            f"run {name!r}: ratio {match['ratio']} must lie between 0 and 1; it is the share of parameters kept"
+            f"run {name!r}: ratio {match['ratio']} must lie between 0 and 1; it is the share kept"
         )
     overrides = choose(match["variant"], config["variants"], "variant") if match["variant"] else {}
     return Run(name, match["model"], float(match["ratio"]), _settings(config, overrides))

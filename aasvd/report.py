@@ -44,7 +44,7 @@ def summary(result: Mapping[str, Any], *, model: str) -> str:
     ratio = result["ratio"]
     lines.append(
         f"kept {ratio['achieved']:.4f} of the linears' parameters (asked: {ratio['target']:g}) in "
-        f"{sum(result['seconds'].values()):.0f} s of stages, at most {result['peak_memory_mb']:.0f} MB of memory"
+        f"{sum(result['seconds'].values()):.0f} s of stages, with at most {result['peak_memory_mb']:.0f} MB"
     )
     lines.append(f"the compressed model lies in {model}")
     return "\n".join(lines)
@@ -56,14 +56,16 @@ def write_table(result: Mapping[str, Any], *, output: Path) -> None:
         "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in _rows(result)
     )
     style = (
-        "body{font:15px/1.5 sans-serif;margin:2em}td,th{padding:.3em 1em;text-align:right;border-bottom:1px solid #ddd}"
+        "body{font:15px/1.5 sans-serif;margin:2em}"
+        "td,th{padding:.3em 1em;text-align:right;border-bottom:1px solid #ddd}"
         "td:first-child,th:first-child{text-align:left}"
     )
     title = html.escape(result["run"])
     ratio = result["ratio"]
     page = (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{style}</style>'
-        f"<h1>{title}</h1><p>{html.escape(result['method'])}, objective {html.escape(result['objective'])}; kept "
+        f"<h1>{title}</h1><p>{html.escape(result['method'])}, "
+        f"objective {html.escape(result['objective'])}; kept "
         f"{ratio['achieved']:.4f} of the linears' parameters (asked: {ratio['target']:g}).</p>"
         f"<table><tr><th></th><th>dense</th><th>compressed</th></tr>\n{cells}\n</table></html>\n"
     )

@@ -24,7 +24,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-
 # Directions weaker than this, relative to the strongest, are scaled as if they were this strong.
 _SMALLEST_SIGMA = 1e-6
 
@@ -68,7 +67,13 @@ class Factors(NamedTuple):
 
 
 def prepare(
-    gram: Tensor, *, cross_gram: Tensor | None, blend: float, ridge: float, need_root: bool, token_count: int = 1
+    gram: Tensor,
+    *,
+    cross_gram: Tensor | None,
+    blend: float,
+    ridge: float,
+    need_root: bool,
+    token_count: int = 1,
 ) -> Target:
     """Prepare what all layers of a group share.
 
@@ -138,6 +143,8 @@ def factorize(weight: Tensor, target: Target, *, rank: int) -> Factors:
     else:
         values, left = torch.linalg.eigh(r @ target.gram @ r.T)
     values, left = values.flip(0).clamp_min(0), left.flip(1)
+    # A tall weight on a singular covariance: the root has fewer columns, the missing eigenvalues are zero.
+    values = torch.nn.functional.pad(values, (0, max(0, min(outputs, inputs) - len(values))))
     basis = _orthonormal(left[:, :rank], rank)
     v = basis.T @ r
     # AdamW moves all entries alike, so the split of σ matters to refinement. As in the paper each factor

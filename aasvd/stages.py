@@ -227,7 +227,7 @@ def embed(
         parts = blocks.skeleton(model.folder)
         ids = calibration.read_tokens(Path(tokens))
         dtype = compute_dtype(settings["dtype"], compute_device())
-        batches = list(ids.split(settings["batch"]))
+        batches = list(torch.split(ids, settings["batch"]))
         width = parts.model.config.get_text_config().hidden_size
         with writing_activations(Path(output), shape=(*ids.shape, width), dtype=dtype) as append:
             for hidden in blocks.embed(model, parts, batches, dtype=dtype):
@@ -491,7 +491,7 @@ def _evaluated_model(folder: Path, settings: Mapping[str, Any]) -> tuple[PreTrai
 
 
 def _model_folder(model: str) -> Path:
-    """Return the folder of a model named by a dense source.json or by a compressed checkpoint's SHA256SUMS."""
+    """Return the verified folder of a dense source.json or of a checkpoint's SHA256SUMS."""
     path = Path(model)
     if path.name == checkpoint.CHECKSUMS:
         checkpoint.verify(path.parent)

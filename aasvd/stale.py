@@ -18,16 +18,24 @@ def stale(config: params.Config) -> list[Path]:
     current: set[Path] = set()
     for name in dict.fromkeys([*config["runs"], *published]):
         match = params.RUN.fullmatch(name)
-        if match is None or match["model"] not in config["models"] or (match["variant"] or None) not in [
-            None,
-            *config["variants"],
-        ]:
+        if (
+            match is None
+            or match["model"] not in config["models"]
+            or (match["variant"] or None)
+            not in [
+                None,
+                *config["variants"],
+            ]
+        ):
             continue
         run = params.parse_run(config, name)
         paths = params.Paths(config, run)
         current |= {paths.model, paths.calibration, paths.original, paths.compressed, paths.evaluation}
         current.add(paths.dense_evaluation)
-        texts = [(run.settings["calibration"]["text"], "train"), *((t, "test") for t in run.settings["evaluation"]["texts"])]
+        texts = [
+            (run.settings["calibration"]["text"], "train"),
+            *((t, "test") for t in run.settings["evaluation"]["texts"]),
+        ]
         current |= {params.text_file(config, text, split).parent for text, split in texts}
         current |= {params.task_file(config, task).parent for task in run.settings["evaluation"]["tasks"]}
     folders = [

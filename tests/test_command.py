@@ -8,7 +8,10 @@ from aasvd import command
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ("--cores 1 --resources gpu=1 results/x/eval.json", "results/x/eval.json --cores 1 --resources gpu=1"),
+        (
+            "--cores 1 --resources gpu=1 results/x/eval.json",
+            "results/x/eval.json --cores 1 --resources gpu=1",
+        ),
         ("--res gpu=1 mem=2 a b", "a b --res gpu=1 mem=2"),
         ("a --resources gpu=1 b --cores 2 c", "b a --resources gpu=1 --cores 2 c"),
         ("--resources gpu=1 -n a", "--resources gpu=1 -n a"),

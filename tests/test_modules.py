@@ -11,11 +11,13 @@ MODULES = [path for path in sorted(Path(aasvd.__file__).parent.glob("*.py")) if 
 
 # Each may import only those before it.
 ORDER = [
+    "params",
     "artifacts",
     "rank",
     "covariance",
     "solve",
     "lowrank",
+    "attention",
     "capture",
     "blocks",
     "refine",
@@ -24,6 +26,12 @@ ORDER = [
     "sources",
     "calibration",
     "evaluate",
+    "report",
+    "stages",
+    "command",
+    "versioning",
+    "stale",
+    "bench",
 ]
 
 

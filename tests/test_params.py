@@ -58,9 +58,15 @@ def schema_properties(node: Any, place: str = "") -> Iterator[tuple[str, Mapping
 
 def test_shipped_parameters_are_valid(config: Config) -> None:
     params.validate(config)
-    assert {"llama7b", "llama2-7b", "llama2-13b", "llama3-1b", "llama3-8b", "qwen2.5-7b", "smollm2-135m"} <= set(
-        config["models"]
-    )
+    assert {
+        "llama7b",
+        "llama2-7b",
+        "llama2-13b",
+        "llama3-1b",
+        "llama3-8b",
+        "qwen2.5-7b",
+        "smollm2-135m",
+    } <= set(config["models"])
 
 
 def test_every_key_of_the_schema_says_what_it_is_and_none_has_a_default() -> None:
@@ -84,7 +90,9 @@ def test_no_object_of_the_schema_takes_unknown_keys() -> None:
 
     schema = yaml.safe_load(params.SCHEMA.read_text())
     for node in objects(schema):
-        assert node.get("additionalProperties") is False or isinstance(node["additionalProperties"], Mapping), node
+        assert node.get("additionalProperties") is False or isinstance(
+            node["additionalProperties"], Mapping
+        ), node
 
 
 @pytest.mark.parametrize(
@@ -117,7 +125,9 @@ def test_no_object_of_the_schema_takes_unknown_keys() -> None:
         (["seed"], -1, r"seed: -1 is less than the minimum of 0"),
     ],
 )  # fmt: skip
-def test_a_mistake_is_one_line_that_names_the_key(config: Config, path: list[str], value: Any, message: str) -> None:
+def test_a_mistake_is_one_line_that_names_the_key(
+    config: Config, path: list[str], value: Any, message: str
+) -> None:
     place = config
     for name in path[:-1]:
         place = place[name]
@@ -175,7 +185,11 @@ def test_a_model_name_may_contain_the_mark_of_a_ratio(config: Config) -> None:
 
 
 def test_ratios_written_in_two_ways_share_their_artifacts(local: Config) -> None:
-    assert where(paths(local, "mine_r0.6")) == where(paths(local, "mine_r0.60")) == where(paths(local, "mine_r.6"))
+    assert (
+        where(paths(local, "mine_r0.6"))
+        == where(paths(local, "mine_r0.60"))
+        == where(paths(local, "mine_r.6"))
+    )
 
 
 # --- keys -------------------------------------------------------------------------------------------------
@@ -243,7 +257,12 @@ def test_seed_and_ratio_move_what_they_determine(local: Config) -> None:
 
 @pytest.mark.parametrize(
     ("key", "value", "changed"),
-    [("window", 7, {"perplexity"}), ("windows", 7, {"perplexity"}), ("limit", 7, {"accuracy"}), ("batch", 7, set())],
+    [
+        ("window", 7, {"perplexity"}),
+        ("windows", 7, {"perplexity"}),
+        ("limit", 7, {"accuracy"}),
+        ("batch", 7, set()),
+    ],
 )
 def test_an_evaluation_setting_renames_only_its_measurements(
     local: Config, key: str, value: int, changed: set[str]
@@ -255,7 +274,9 @@ def test_an_evaluation_setting_renames_only_its_measurements(
 
 
 @pytest.mark.parametrize("kind", ["model", "text", "task", "calibration", "compression", "evaluation"])
-def test_a_format_version_moves_its_artifacts(local: Config, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_format_version_moves_its_artifacts(
+    local: Config, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def everything() -> dict[str, object]:
         found = paths(local)
         return {
@@ -305,7 +326,9 @@ def test_content_is_sampled_all_over_a_large_file(tmp_path: Path) -> None:
 
 
 def test_keys_do_not_depend_on_the_order_of_settings() -> None:
-    keys = {params.key_of(dict(order)) for order in itertools.permutations([("a", 1), ("b", [2]), ("c", None)])}
+    keys = {
+        params.key_of(dict(order)) for order in itertools.permutations([("a", 1), ("b", [2]), ("c", None)])
+    }
     (key,) = keys
     assert len(key) == 10 and int(key, 16) >= 0
 
@@ -328,7 +351,9 @@ def test_keys_of_other_parameters_are_refused(local: Config) -> None:
     with pytest.raises(ValueError, match=r"made with other parameters \(see key\.json"):
         params.find_run(local, model="mine", calibration="0" * 10)
     with pytest.raises(ValueError, match="compression key r0.6-0000000000"):
-        params.find_run(local, model="mine", calibration=made.calibration.name, compression="r0.6-" + "0" * 10)
+        params.find_run(
+            local, model="mine", calibration=made.calibration.name, compression="r0.6-" + "0" * 10
+        )
     with pytest.raises(ValueError, match="no run of today's params.yaml makes the measurement"):
         params.find_measurement(local, model="mine", measurement="perplexity_notes-0")
 
@@ -351,7 +376,8 @@ def test_published_files_lie_in_the_outputs_of_their_dvc_stage() -> None:
     stage = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]["publish"]["do"]
     outputs = {path for kind in ("outs", "metrics", "plots") for out in stage[kind] for path in out}
     assert outputs == {
-        f"results/${{item}}/{name}" for name in ("model", "results.html", "eval.json", "figures/distortion.svg")
+        f"results/${{item}}/{name}"
+        for name in ("model", "results.html", "eval.json", "figures/distortion.svg")
     }
 
 
@@ -390,7 +416,11 @@ def test_a_run_is_published_as_long_as_its_keys_are_todays(
     file.parent.mkdir(parents=True)
     file.write_text(json.dumps({"provenance": {"keys": paths(local).publication()}}))
     assert published()
-    for change in ({"refinement": {"epochs": 1}}, {"evaluation": {"limit": 1}}, {"calibration": {"tokens": 2}}):
+    for change in (
+        {"refinement": {"epochs": 1}},
+        {"evaluation": {"limit": 1}},
+        {"calibration": {"tokens": 2}},
+    ):
         ((section, changed),) = change.items()
         kept = dict(local[section])
         local[section].update(changed)

@@ -132,7 +132,11 @@ class Copy:
 def jobs(text: str) -> list[str]:
     """Return the rules of the jobs that a log of Snakemake lists, in the order of the log."""
     heads = ("rule ", "localrule ", "checkpoint ", "localcheckpoint ")
-    return [line.split()[1].rstrip(":") for line in text.splitlines() if line.startswith(heads) and line.endswith(":")]
+    return [
+        line.split()[1].rstrip(":")
+        for line in text.splitlines()
+        if line.startswith(heads) and line.endswith(":")
+    ]
 
 
 def finished(text: str) -> list[str]:

@@ -1,5 +1,6 @@
 """Settings, keys and the few functions that tell rules what they read. Paths come from aasvd.params alone."""
 
+import functools
 import importlib
 
 from snakemake.exceptions import WorkflowError
@@ -25,16 +26,23 @@ wildcard_constraints:
 
 
 def checked(function, *args, **kwargs):
-    """Call a function of aasvd.params; its errors are the user's to mend, so they come without a traceback."""
+    """Call a function; errors with a message are the user's to mend, so they come without a traceback."""
     try:
         return function(*args, **kwargs)
     except ValueError as error:
         raise WorkflowError(str(error)) from None
 
 
+class Stages:
+    """The stages, imported when the first one runs: torch and transformers take seconds."""
+
+    def __getattr__(self, name):
+        return functools.partial(checked, getattr(importlib.import_module("aasvd.stages"), name))
+
+
 def stages():
-    """Import the stages when the first one runs: torch and transformers take seconds."""
-    return importlib.import_module("aasvd.stages")
+    """The functions of aasvd.stages; the traceback of an error is in the stage's log."""
+    return Stages()
 
 
 checked(params.validate, config)
