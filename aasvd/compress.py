@@ -103,7 +103,8 @@ def capture_block(
         for hidden in inputs.batches(batch):
             output = block(hidden.to(device, dtype), **arguments)
             if not torch.isfinite(output).all():
-                raise ValueError("the original block's output is not finite")
+                cause = _not_finite(block, groups, seen)
+                raise ValueError(f"the original block's output is not finite: {cause}")
             on_output(output)
             for gram, x in zip(grams, seen, strict=True):
                 gram.add(x)
@@ -113,6 +114,18 @@ def capture_block(
         if not torch.isfinite(matrix).all():
             raise ValueError(f"the covariance of the inputs of {', '.join(group)} is not finite")
     return matrices
+
+
+def _not_finite(block: nn.Module, groups: Sequence[Sequence[str]], seen: Sequence[Tensor]) -> str:
+    """Say where numbers first stop being finite: in a block's weights, or in what reaches its linears."""
+    weights = [name for name, weight in block.named_parameters() if not torch.isfinite(weight).all()]
+    if weights:
+        return f"the model's own {', '.join(weights)} is not"
+    remedy = "set calibration.dtype to float32 if it is not"
+    for group, x in zip(groups, seen, strict=True):
+        if not torch.isfinite(x).all():
+            return f"the input of {', '.join(group)} is not; {remedy}"
+    return f"it overflows behind {', '.join(groups[-1])}; {remedy}"
 
 
 class Solution(NamedTuple):

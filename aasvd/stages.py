@@ -63,6 +63,10 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
+class StageError(ValueError):
+    """A stage cannot finish; the message names it and what to do, and its log holds the traceback."""
+
+
 @contextlib.contextmanager
 def _stage(name: str, *, log: Path, record: Path | None, advice: str) -> Iterator[dict[str, Any]]:
     """Log a stage, measure it, and write its record; say which setting helps where memory runs out."""
@@ -93,9 +97,13 @@ def _stage(name: str, *, log: Path, record: Path | None, advice: str) -> Iterato
             write_json(record, measured)
         _logger.info("%s: done in %.1f s", name, measured["seconds"])
     except torch.OutOfMemoryError as error:
-        raise ValueError(
+        _logger.exception("%s failed", name)
+        raise StageError(
             f"{name}: the device ran out of memory; {advice}. What is finished stays."
         ) from error
+    except (ValueError, OSError) as error:
+        _logger.exception("%s failed", name)
+        raise StageError(f"{name}: {error}") from error
     except Exception:
         _logger.exception("%s failed", name)
         raise
@@ -434,7 +442,18 @@ def propagate(
                 on_output=append,
             )
         after = measured["after"]
-        tqdm.write(f"{around.label}: done, distortion mse {after['mse']:.4g} cosine {after['cosine']:.4g}")
+        left = _seconds_left(Path(output).parents[1], index, len(around.parts.blocks))
+        tqdm.write(
+            f"{around.label}: done, distortion mse {after['mse']:.4g} cosine {after['cosine']:.4g}; "
+            f"about {left / 60:.1f} min left for the other blocks"
+        )
+
+
+def _seconds_left(folder: Path, index: int, count: int) -> float:
+    """Estimate the time that the blocks after this one take, from the records of those before."""
+    done = [folder / f"block_{block:03d}" for block in range(index + 1)]
+    files = [file for block in done for file in (block / "solve.json", block / "refine.json") if file.exists()]
+    return sum(read_json(file)["seconds"] for file in files) / len(done) * (count - index - 1)
 
 
 def assemble(
