@@ -70,6 +70,7 @@ class Case:
             parameter_ratio=ratio,
             ridge=ridge,
             grams=self.capture(),
+            token_count=self.x.shape[0] * self.x.shape[1],
             stream=stream if what.shifted else None,
             device=CPU,
         )
@@ -417,6 +418,7 @@ def test_not_finite_inputs_name_the_layers(side: Case, tmp_path: Path, bad: floa
             parameter_ratio=0.6,
             ridge=0.0,
             grams=grams,
+            token_count=1,
             stream=None,
             device=CPU,
         )

@@ -15,7 +15,7 @@ from aasvd.artifacts import Activations
 from aasvd.compress import OBJECTIVES, Stream, capture_block, solve_block
 from aasvd.refine import Recipe, distortion, refine, schedule
 
-RECIPE = Recipe(epochs=6, batch=4, learning_rate=3e-3, weight_decay=0.01, clip=1.0, shuffle=True)
+RECIPE = Recipe(epochs=6, batch=4, learning_rate=3e-3, weight_decay=0.01, clip=1.0, shuffle=True, loss="mse")
 EPS32 = torch.finfo(torch.float32).eps
 
 
@@ -94,6 +94,7 @@ def task_of(stored: Callable[[str], Stored], tmp_path: Path) -> Callable[[str, t
             # Without it o_proj inverts rounding noise: see test_compress.
             ridge=1e-3,
             grams=grams,
+            token_count=x.shape[0] * x.shape[1],
             stream=Stream(original, shifted, arguments, 8, CPU, dtype),
             device=CPU,
         )
@@ -140,11 +141,20 @@ def affine(folder: Path, dtype: torch.dtype = torch.float32) -> Task:
 
 @pytest.mark.parametrize("clip", [0.05, 1.0, 1e6])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.3])
-def test_steps_are_those_of_adamw_written_by_hand(tmp_path: Path, clip: float, weight_decay: float) -> None:
+@pytest.mark.parametrize("loss", ["mse", "relative"])
+def test_steps_are_those_of_adamw_written_by_hand(
+    tmp_path: Path, clip: float, weight_decay: float, loss: str
+) -> None:
     """Six epochs of three batches, the last of one sequence, in order; clipping at 0.05 always acts."""
     task = affine(tmp_path)
     recipe = Recipe(
-        epochs=6, batch=2, learning_rate=0.05, weight_decay=weight_decay, clip=clip, shuffle=False
+        epochs=6,
+        batch=2,
+        learning_rate=0.05,
+        weight_decay=weight_decay,
+        clip=clip,
+        shuffle=False,
+        loss=loss,
     )
     steps: list[tuple[int, int, float]] = []
     block, trace = task.refine(recipe, steps=steps)
@@ -160,8 +170,11 @@ def test_steps_are_those_of_adamw_written_by_hand(tmp_path: Path, clip: float, w
         batch = slice(2 * (step % 3), 2 * (step % 3) + 2)
         rows, wanted = x[batch].reshape(-1, 2), y[batch].reshape(-1, 2)
         difference = rows @ parameters[:4].reshape(2, 2).T + parameters[4:] - wanted
-        losses.append((difference**2).mean())
-        gradient = 2 / difference.size * np.append((difference.T @ rows).ravel(), difference.sum(0))
+        weighted = difference / (
+            difference.size if loss == "mse" else len(rows) * (wanted**2).sum(1, keepdims=True)
+        )
+        losses.append((weighted * difference).sum())
+        gradient = 2 * np.append((weighted.T @ rows).ravel(), weighted.sum(0))
         norm = np.sqrt((gradient**2).sum())
         clipped.append(norm > clip)
         gradient *= min(1.0, clip / norm)
@@ -178,7 +191,7 @@ def test_steps_are_those_of_adamw_written_by_hand(tmp_path: Path, clip: float, w
     # 18 float32 steps on numbers of size one. Clipping divides by norm + 1e-6, a relative 2e-5 at 0.05
     # which Adam's ratio of moments takes out again.
     np.testing.assert_allclose(found, parameters, rtol=0, atol=100 * EPS32)
-    np.testing.assert_allclose([loss for _, _, loss in steps], losses, rtol=100 * EPS32)
+    np.testing.assert_allclose([value for _, _, value in steps], losses, rtol=100 * EPS32)
     assert [(step, total) for step, total, _ in steps] == [(step + 1, 18) for step in range(18)]
     # Epochs weigh sequences, not batches, equally.
     expected = [(2 * a + 2 * b + c) / 5 for a, b, c in np.reshape(losses, (6, 3))]
@@ -255,7 +268,9 @@ def test_block_is_trained_in_place_and_ends_in_float32_without_gradients(
 def test_updates_below_the_resolution_of_bfloat16_are_not_lost(tmp_path: Path) -> None:
     """Thirty steps of 3e-6 on weights of size one, where bfloat16 knows no number within 4e-3."""
     task = affine(tmp_path, torch.bfloat16)
-    recipe = Recipe(epochs=30, batch=5, learning_rate=3e-6, weight_decay=0.0, clip=1e6, shuffle=False)
+    recipe = Recipe(
+        epochs=30, batch=5, learning_rate=3e-6, weight_decay=0.0, clip=1e6, shuffle=False, loss="mse"
+    )
     before = state(task.block)
     block, trace = task.refine(recipe)
     # The rounded weights and with them the gradient stay what they were, so every step of Adam has the
@@ -271,7 +286,9 @@ def test_updates_below_the_resolution_of_bfloat16_are_not_lost(tmp_path: Path) -
 def test_loss_is_that_of_the_weights_as_they_will_be_used(tmp_path: Path) -> None:
     """The first loss is the bfloat16 block's own, and a later one that of the rounded master weights."""
     task = affine(tmp_path, torch.bfloat16)
-    recipe = Recipe(epochs=2, batch=5, learning_rate=0.1, weight_decay=0.0, clip=1.0, shuffle=False)
+    recipe = Recipe(
+        epochs=2, batch=5, learning_rate=0.1, weight_decay=0.0, clip=1.0, shuffle=False, loss="mse"
+    )
     _, trace = task.refine(recipe)
     assert trace[0] == pytest.approx(task.distortion(task.block)["mse"], rel=100 * EPS32)
     once, _ = task.refine(recipe._replace(epochs=1))

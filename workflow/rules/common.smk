@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import pathlib
 
 from snakemake.exceptions import WorkflowError
 

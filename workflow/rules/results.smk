@@ -31,18 +31,17 @@ def records(wildcards):
 
 
 def outdated(wildcards):
-    """A file that does not exist yet, where results/<run>/ was published from other parameters.
+    """A marker newer than results/<run>/, where that was published from other parameters.
 
-    Everything else under results/ has its parameters in its path; what people look at has not.
+    Everything else under results/ has its parameters in its path; what people look at has not. Snakemake
+    makes an existing target anew only where an input that exists is newer: a missing one would not do.
     """
-    current = params.is_published(run_of(wildcards), paths_of(wildcards))
-    return [] if current else f"{ARTIFACTS}/outdated/{wildcards.run}"
-
-
-rule mark_outdated:
-    """Have the published files of a run made anew, because they were made from other parameters."""
-    output:
-        touch(f"{ARTIFACTS}/outdated/{{run}}"),
+    if params.is_published(run_of(wildcards), paths_of(wildcards)):
+        return []
+    marker = pathlib.Path(ARTIFACTS) / "outdated" / wildcards.run
+    marker.parent.mkdir(parents=True, exist_ok=True)
+    marker.touch()
+    return str(marker)
 
 
 rule publish:
