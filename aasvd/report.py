@@ -9,6 +9,7 @@ from typing import Any
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from aasvd.artifacts import replacing
 
@@ -98,6 +99,7 @@ def write_distortion(records: Iterable[Mapping[str, Any]], *, output: Path, run:
             finished = "refined" if before else "solved"
             _line(axes, [entry[metric] for entry in after], colour=BLUE, marker="s", label=finished)
             axes.set_xlabel("block")
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             axes.set_ylabel(label)
             axes.set_yscale("log")
             axes.grid(visible=True, which="major", alpha=0.3)
