@@ -116,13 +116,11 @@ def read_table(path: Path) -> pa.Table:
     return pq.read_table(path)
 
 
-def write_tensors(
-    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
-) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a safetensors artifact; tensors may live on any device and need not be contiguous."""
     on_host = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with publishing(path) as temporary:
-        temporary.write_bytes(save(on_host, dict(metadata or {})))
+        temporary.write_bytes(save(on_host))
 
 
 def read_tensors(path: Path, *, device: torch.device) -> dict[str, Tensor]:
@@ -130,12 +128,6 @@ def read_tensors(path: Path, *, device: torch.device) -> dict[str, Tensor]:
     verify(path)
     with safe_open(path, framework="pt", device=str(device)) as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-
-
-def read_metadata(path: Path) -> dict[str, str]:
-    """Read the metadata in a safetensors artifact's header, without its tensors."""
-    with safe_open(path, framework="pt") as file:
-        return dict(file.metadata() or {})
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

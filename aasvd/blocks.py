@@ -187,7 +187,8 @@ def embed(
     state = {
         name: read(source, parts, name).to(dtype)
         for name, _ in parts.model.named_parameters()
-        if not name.startswith(f"{parts.path}.") and source.find(name, prefix=parts.model.base_model_prefix)
+        # Neither the blocks nor the output head are called.
+        if name.startswith(f"{parts.model.base_model_prefix}.") and not name.startswith(f"{parts.path}.")
     }
     model = copy.deepcopy(parts.model)
     model.load_state_dict(state, strict=False, assign=True)

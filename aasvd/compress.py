@@ -208,14 +208,14 @@ def solve_block(
                 continue
             factors = factorize(weight, target, rank=rank)
             fitted = factors.u @ factors.v
-            shifted = gram if objective.shifted else None
             entry |= {
+                # Each objective's own error: against W X where it is anchored, else on the inputs it uses.
                 "relative_error": relative_error(
                     weight,
                     fitted,
-                    original=unshifted,
+                    original=gram if cross is None else unshifted,
                     cross_gram=cross,
-                    shifted=shifted if cross is not None else None,
+                    shifted=None if cross is None else gram,
                 ),
                 "energy_kept": factors.kept,
                 "directions_dropped": target.dropped,

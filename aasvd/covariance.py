@@ -20,7 +20,6 @@ class Gram:
     def __init__(self, features: int, *, device: torch.device) -> None:
         """Start from zero."""
         self._upper = torch.zeros(features, features, dtype=torch.float64, device=device)
-        self.token_count = 0
 
     def add(self, x: Tensor) -> None:
         """Add the tokens of a batch, shape (..., features)."""
@@ -29,7 +28,6 @@ class Gram:
         for start in range(0, features, _TILE):
             stop = min(start + _TILE, features)
             self._upper[start:stop, start:].addmm_(rows[:, start:stop].T, rows[:, start:])
-        self.token_count += len(rows)
 
     def matrix(self) -> Tensor:
         """Return the full symmetric matrix, float64."""

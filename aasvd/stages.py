@@ -452,7 +452,9 @@ def propagate(
 def _seconds_left(folder: Path, index: int, count: int) -> float:
     """Estimate the time that the blocks after this one take, from the records of those before."""
     done = [folder / f"block_{block:03d}" for block in range(index + 1)]
-    files = [file for block in done for file in (block / "solve.json", block / "refine.json") if file.exists()]
+    files = [
+        file for block in done for file in (block / "solve.json", block / "refine.json") if file.exists()
+    ]
     return sum(read_json(file)["seconds"] for file in files) / len(done) * (count - index - 1)
 
 

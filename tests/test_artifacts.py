@@ -19,7 +19,6 @@ from aasvd.artifacts import (
     DamagedArtifactError,
     publishing,
     read_json,
-    read_metadata,
     read_table,
     read_tensors,
     sidecar,
@@ -111,18 +110,12 @@ def test_tensors_round_trip_bit_by_bit(tmp_path: Path) -> None:
         "parameter": torch.nn.Parameter(values(2, 2)),
         "strange": torch.tensor([torch.nan, torch.inf, -0.0]),
     }
-    write_tensors(path, tensors, {"objective": "anchored"})
+    write_tensors(path, tensors)
     found = read_tensors(path, device=CPU)
     assert found.keys() == tensors.keys()
     for name, tensor in tensors.items():
         assert found[name].dtype == tensor.dtype
         assert torch.equal(found[name].view(torch.uint8), tensor.detach().contiguous().view(torch.uint8))
-    assert read_metadata(path) == {"objective": "anchored"}
-
-
-def test_metadata_may_be_absent(tmp_path: Path) -> None:
-    write_tensors(tmp_path / "t.safetensors", {"a": values(2)})
-    assert read_metadata(tmp_path / "t.safetensors") == {}
 
 
 def test_same_content_gives_the_same_bytes(tmp_path: Path, kind: str) -> None:

@@ -92,7 +92,6 @@ def test_matrix_is_symmetric_to_the_last_bit_and_does_not_change_its_sum() -> No
 
 def test_every_leading_dimension_is_tokens() -> None:
     x = random(2, 3, 5, 7)
-    assert gram_of(x).token_count == 30
     assert torch.equal(gram_of(x).matrix(), gram_of(x.reshape(30, 7)).matrix())
 
 

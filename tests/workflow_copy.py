@@ -108,9 +108,9 @@ class Copy:
         """Run Snakemake, which has to succeed."""
         return self.must("snakemake", "--cores", "1", *arguments)
 
-    def planned(self, *arguments: str | Path) -> list[str]:
+    def planned(self, *targets: str, options: Sequence[str] = ()) -> list[str]:
         """Return the names of the rules that Snakemake would run now, one per job, as far as it knows yet."""
-        return jobs(self.make("--dry-run", "--quiet", "none", "--", *arguments))
+        return jobs(self.make(*options, "--dry-run", "--quiet", "host", "--", *targets))
 
     def find(self, pattern: str) -> Path:
         """Return the one artifact of a pattern, relative to the repository."""
