@@ -265,8 +265,9 @@ def test_only_what_a_parameter_determines_is_made_anew(another: Copy) -> None:
     ran = Counter(finished(another.make()))
     assert ran == {"publish": 1, "all": 1}
     assert numbers(another.evaluation()) == numbers(first)
+    # DVC may replace a file by a link to its cache, which keeps the time.
     after = artifacts(another)
-    assert {name: after[name] for name in made} == made
+    assert {name: after[name][0] for name in made} == {name: when for name, (when, _) in made.items()}
     assert "Nothing to be done" in another.make("--dry-run")
     assert "up to date" in another.must("dvc", "status")
 
