@@ -20,6 +20,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 
 from aasvd import attention
 from aasvd.artifacts import DamagedArtifactError, read_json, remake_command
@@ -128,8 +130,22 @@ def load_block(
 
 
 def read(source: Source, parts: Skeleton, name: str) -> Tensor:
-    """Return the dense model's parameter of a name, whichever prefix its files use."""
-    return source.read(source.find(name, prefix=parts.model.base_model_prefix) or name)
+    """Return the dense model's parameter of a name, whichever prefix or older name its files use."""
+    found = source.find(name, prefix=parts.model.base_model_prefix)
+    return source.read(found or _older_name(source, parts, name))
+
+
+def _older_name(source: Source, parts: Skeleton, name: str) -> str:
+    """Return the name in the files that transformers itself reads as `name` (GPT-NeoX's head is one)."""
+    mapping = get_model_conversion_mapping(parts.model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    for older in source.tensors:
+        newer = older
+        for renaming in renamings:
+            newer, _ = renaming.rename_source_key(newer)
+        if newer == name:
+            return older
+    return name
 
 
 class Entrance(NamedTuple):

@@ -67,8 +67,20 @@ class StageError(ValueError):
     """A stage cannot finish; the message names it and what to do, and its log holds the traceback."""
 
 
+# Snakemake runs stages as threads, and building a model without weights changes, for a moment, what every
+# thread's modules do with their parameters. Stages on an accelerator or on all cores gain nothing together.
+_ONE_AT_A_TIME = threading.Lock()
+
+
 @contextlib.contextmanager
 def _stage(name: str, *, log: Path, record: Path | None, advice: str) -> Iterator[dict[str, Any]]:
+    """Run a stage by itself, logged and measured."""
+    with _ONE_AT_A_TIME, _measured(name, log=log, record=record, advice=advice) as measured:
+        yield measured
+
+
+@contextlib.contextmanager
+def _measured(name: str, *, log: Path, record: Path | None, advice: str) -> Iterator[dict[str, Any]]:
     """Log a stage, measure it, and write its record; say which setting helps where memory runs out."""
     log.parent.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(log, mode="w")
@@ -489,6 +501,8 @@ def assemble(
                     return compressed[inner]
             return blocks.read(dense, parts, name)
 
+        # Snakemake removes the list of checksums before it runs this again; what is left is no checkpoint.
+        shutil.rmtree(Path(checksums).parent, ignore_errors=True)
         checkpoint.write(
             dense=dense.folder,
             output=Path(checksums).parent,

@@ -102,11 +102,11 @@ def test_no_object_of_the_schema_takes_unknown_keys() -> None:
         (["calibration", "sequence"], 3, r"calibration: .*sequence"),
         (["calibration", "sequences"], "many", r"calibration\.sequences: 'many' is not of type 'integer'"),
         (["calibration", "sequences"], 0, r"calibration\.sequences: 0 is less than the minimum of 1"),
-        (["calibration", "sampling"], "best", r"calibration\.sampling: 'best' is not one of \['random', 'sequential'\]"),
+        (["calibration", "sampling"], "best", r"calibration\.sampling: 'best' is not one of .*'sequential'"),
         (["calibration", "batch"], True, r"calibration\.batch: True is not of type 'integer'"),
         (["compression", "objective"], "obj4", r"compression\.objective: 'obj4' is not one of .*anchored"),
         (["compression", "blend"], 1.5, r"compression\.blend: 1\.5 is greater than the maximum of 1"),
-        (["refinement", "learning_rate"], 0, r"refinement\.learning_rate: 0 is less than or equal to the minimum of 0"),
+        (["refinement", "learning_rate"], 0, r"refinement\.learning_rate: 0 is less than or equal to"),
         (["refinement", "shuffle"], "no", r"refinement\.shuffle: 'no' is not of type 'boolean'"),
         (["evaluation", "window"], 1, r"evaluation\.window: 1 is less than the minimum of 2"),
         (["evaluation", "texts"], ["nowhere"], r"unknown text 'nowhere'; params\.yaml has .*wikitext2"),
@@ -120,7 +120,7 @@ def test_no_object_of_the_schema_takes_unknown_keys() -> None:
         (["variants", "with_line"], {}, r"variants: 'with_line' does not match"),
         (["runs"], ["smollm2-135m"], r"runs\.0: 'smollm2-135m' does not match"),
         (["runs"], ["nobody_r0.6"], r"unknown model 'nobody'; params\.yaml has llama2-13b, .*smollm2-135m"),
-        (["runs"], ["llama7b_r0.6_none"], r"unknown variant 'none'; params\.yaml has anchored, norefine, paper"),
+        (["runs"], ["llama7b_r0.6_none"], r"unknown variant 'none'; params\.yaml has .*paper"),
         (["runs"], ["llama7b_r1.5"], r"ratio 1\.5 must lie between 0 and 1"),
         (["seed"], -1, r"seed: -1 is less than the minimum of 0"),
     ],
@@ -167,7 +167,7 @@ def test_a_run_has_the_model_ratio_and_merged_settings_of_its_name(config: Confi
         ("llama7b_r0", "ratio 0 must lie"),
         ("llama7b_r0.0", r"ratio 0\.0 must lie"),
         ("llama7b_r1", "ratio 1 must lie"),
-        ("llama7b_r1.0", "share of parameters kept"),
+        ("llama7b_r1.0", "it is the share kept"),
         ("llama7b_r0.6.1", r"ratio 0\.6\.1 must lie"),
         ("llama7b_r.", r"ratio \. must lie"),
         ("gpt_r0.6", "unknown model 'gpt'; params.yaml has "),
@@ -350,11 +350,11 @@ def test_keys_of_other_parameters_are_refused(local: Config) -> None:
     made = paths(local)
     with pytest.raises(ValueError, match=r"made with other parameters \(see key\.json"):
         params.find_run(local, model="mine", calibration="0" * 10)
-    with pytest.raises(ValueError, match="compression key r0.6-0000000000"):
+    with pytest.raises(ValueError, match=r"compression key r0\.6-0000000000"):
         params.find_run(
             local, model="mine", calibration=made.calibration.name, compression="r0.6-" + "0" * 10
         )
-    with pytest.raises(ValueError, match="no run of today's params.yaml makes the measurement"):
+    with pytest.raises(ValueError, match=r"no run of today.s params\.yaml makes the measurement"):
         params.find_measurement(local, model="mine", measurement="perplexity_notes-0")
 
 
@@ -434,5 +434,5 @@ Maker = Callable[[Config, str], object]
 
 @pytest.mark.parametrize("make", [params.model_folder, lambda c, n: params.text_file(c, n, "test")])
 def test_names_that_are_in_no_registry_are_refused(local: Config, make: Maker) -> None:
-    with pytest.raises(ValueError, match="unknown (model|text) 'nobody'; params.yaml has "):
+    with pytest.raises(ValueError, match=r"unknown (model|text) 'nobody'; params\.yaml has "):
         make(local, "nobody")

@@ -19,7 +19,7 @@ from torch import Tensor
 
 ROOT = Path(__file__).parent.parent
 WORKFLOW = ("Snakefile", "dvc.yaml", "params.yaml", "profiles", "workflow", ".dvcignore", ".gitignore")
-BLOCKS, WIDTH, HIDDEN = 4, 32, 48
+BLOCKS, WIDTH, HIDDEN = 3, 32, 48
 RUN = "tiny_r0.6"
 SETTINGS: dict[str, Any] = {
     "data_dir": "inputs",
@@ -168,8 +168,8 @@ def clean_environment() -> dict[str, str]:
     }
 
 
-def create(folder: Path) -> Copy:
-    """Make a fresh copy with nothing computed yet."""
+def create(folder: Path, **changes: Any) -> Copy:
+    """Make a fresh copy with nothing computed yet, and with changes of its own in params.yaml."""
     folder.mkdir(parents=True)
     for name in WORKFLOW:
         source = ROOT / name
@@ -183,6 +183,7 @@ def create(folder: Path) -> Copy:
     copy = Copy(folder)
     write_inputs(folder / "inputs")
     copy.change(**SETTINGS)
+    copy.change(**changes)
     copy.must("git", "init", "--quiet", "--initial-branch", "main")
     for key, value in {"user.name": "A Tester", "user.email": "tester@example.org"}.items():
         copy.must("git", "config", key, value)
@@ -213,7 +214,7 @@ def write_inputs(folder: Path) -> None:
 
 
 def write_gguf(path: Path, lines: Sequence[str]) -> None:
-    """Write a random Llama of four blocks with a byte-level tokenizer trained on the lines."""
+    """Write a random Llama with a byte-level tokenizer trained on the lines."""
     tokenizer = trained_tokenizer(lines)
     pieces = json.loads(tokenizer.to_str())["model"]
     tokens = sorted(pieces["vocab"], key=pieces["vocab"].get)

@@ -1,0 +1,105 @@
+import json
+import re
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from aasvd import report
+
+RESULT: dict[str, Any] = {
+    "run": "mine_r0.6",
+    "method": "aasvd",
+    "objective": "a<b",
+    "ratio": {"target": 0.6, "achieved": 0.59871},
+    "parameters": {
+        "dense": 1_234_567,
+        "compressed": 765_432,
+        "linears": {"dense": 1_000_000, "compressed": 598_710},
+    },
+    "perplexity": {"wikitext2": {"dense": 21.239, "compressed": 51.2, "windows": 24}},
+    "accuracy": {
+        "piqa": {"dense": 0.684, "compressed": 0.605, "stderr": 0.011, "stderr_dense": 0.0108, "count": 1838}
+    },
+    "seconds": {"solve": 10.0, "refine": 32.4},
+    "peak_memory_mb": 812.3,
+}
+
+
+class _Cells(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[list[str]] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag == "tr":
+            self.rows.append([])
+        elif tag in ("td", "th"):
+            self.rows[-1].append("")
+
+    def handle_data(self, data: str) -> None:
+        if self.rows and self.rows[-1]:
+            self.rows[-1][-1] += data.strip()
+
+
+EXPECTED = [
+    ["perplexity wikitext2", "21.24", "51.20"],
+    ["accuracy piqa", "68.4 ± 1.1 %", "60.5 ± 1.1 %"],
+    ["parameters", "1,234,567", "765,432"],
+    ["of these in the blocks' linears", "1,000,000", "598,710"],
+]
+
+
+def test_terminal_table_shows_dense_beside_compressed() -> None:
+    lines = report.summary(RESULT, model="results/mine_r0.6/model").splitlines()
+    assert [re.split(r"\s{2,}", line) for line in lines[2:6]] == EXPECTED
+    assert lines[0].split() == ["mine_r0.6", "dense", "compressed"]
+    assert "0.5987" in lines[6] and "asked: 0.6" in lines[6] and "42 s" in lines[6] and "812 MB" in lines[6]
+    assert lines[7].endswith("results/mine_r0.6/model")
+
+
+def test_page_holds_the_same_table_and_escapes_names(tmp_path: Path) -> None:
+    report.write_table(RESULT, output=tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    cells = _Cells()
+    cells.feed(page)
+    assert cells.rows == [["", "dense", "compressed"], *EXPECTED]
+    assert "a&lt;b" in page and "a<b" not in page
+
+
+def test_module_prints_finished_runs(tmp_path: Path) -> None:
+    (tmp_path / "eval.json").write_text(json.dumps(RESULT))
+    command = [sys.executable, "-m", "aasvd.report", tmp_path / "eval.json"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert printed == report.summary(RESULT, model=str(tmp_path / "model")) + "\n"
+
+
+def _figure(tmp_path: Path, records: list[dict[str, Any]], name: str = "figure.svg") -> str:
+    report.write_distortion(iter(records), output=tmp_path / name, run="mine_r0.6")
+    return (tmp_path / name).read_text()
+
+
+SOLVED = {"before": {"mse": 0.5, "cosine": 0.1}}
+DONE = {"after": {"mse": 0.2, "cosine": 0.05}}
+
+
+def test_figure_draws_each_block_before_and_after(tmp_path: Path) -> None:
+    svg = _figure(tmp_path, [{"stage": "fetch"}, SOLVED, DONE, SOLVED, DONE, SOLVED, DONE])
+    drawn = ElementTree.fromstring(svg)
+    for colour in (report.BLUE, report.VERMILION):
+        # One marker per block in each of two panels, and one in each legend.
+        markers = [
+            node for node in drawn.iter() if node.tag.endswith("use") and colour.lower() in str(node.attrib)
+        ]
+        assert len(markers) == 2 * (3 + 1), colour
+
+
+@pytest.mark.parametrize("refined", [True, False])
+def test_figure_is_the_same_bytes_for_the_same_numbers(tmp_path: Path, refined: bool) -> None:
+    records = [SOLVED, DONE, DONE] if refined else [DONE, DONE]
+    assert _figure(tmp_path, records) == _figure(tmp_path, records, "again.svg")
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["again.svg", "figure.svg"]

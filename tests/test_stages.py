@@ -1,0 +1,310 @@
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from architectures import TINY, tiny_model
+from safetensors.torch import load_file
+from stored import TOKENS, random_tokens
+from transformers import AutoModelForCausalLM
+
+from aasvd import calibration, stages
+from aasvd.artifacts import DamagedArtifactError, read_tensors, verify
+
+CPU = torch.device("cpu")
+CALIBRATION: dict[str, Any] = {"dtype": "float32", "batch": 2}
+COMPRESSION: dict[str, Any] = {"objective": "anchored", "blend": 0.5, "ridge": 0.0}
+REFINEMENT: dict[str, Any] = {
+    "epochs": 1,
+    "batch": 2,
+    "learning_rate": 1e-3,
+    "weight_decay": 0.01,
+    "clip": 1.0,
+    "shuffle": True,
+    "loss": "mse",
+}
+
+
+class Chain:
+    """All stages between a model's folder and its checkpoint, with files named as the rules name them."""
+
+    def __init__(self, folder: Path, dense: Path) -> None:
+        self.folder, self.dense = folder, dense
+        self.log = str(folder / "log")
+
+    def path(self, name: str) -> str:
+        return str(self.folder / name)
+
+    def original(self) -> int:
+        """Run the original side and return the number of blocks."""
+        stages.fetch_model(
+            source={"path": str(self.dense)},
+            output=self.path("source.json"),
+            outline=self.path("outline.json"),
+            record=self.path("fetch.json"),
+            cache=self.path("cache"),
+            log=self.log,
+        )
+        calibration.write_tokens(Path(self.path("tokens.parquet")), random_tokens(3))
+        stages.embed(
+            source=self.path("source.json"),
+            tokens=self.path("tokens.parquet"),
+            output=self.path("x0"),
+            record=self.path("embed.json"),
+            settings=CALIBRATION,
+            log=self.log,
+        )
+        count = json.loads(Path(self.path("outline.json")).read_text())["blocks"]
+        assert isinstance(count, int)
+        for block in range(count):
+            stages.capture_block(
+                source=self.path("source.json"),
+                inputs=self.path(f"x{block}"),
+                outputs=self.path(f"x{block + 1}"),
+                covariances=self.path(f"c{block}"),
+                record=self.path(f"capture{block}.json"),
+                index=block,
+                settings=CALIBRATION,
+                log=self.log,
+            )
+        return count
+
+    def solve(self, block: int) -> None:
+        stages.solve_block(
+            source=self.path("source.json"),
+            covariances=self.path(f"c{block}"),
+            original=self.path(f"x{block}"),
+            shifted=self.path(f"s{block}" if block else "x0"),
+            output=self.path(f"solved{block}"),
+            record=self.path(f"solve{block}.json"),
+            index=block,
+            parameter_ratio=0.6,
+            calibration=CALIBRATION,
+            compression=COMPRESSION,
+            log=self.log,
+        )
+
+    def refine(self, block: int, output: str = "refined") -> None:
+        stages.refine_block(
+            source=self.path("source.json"),
+            shifted=self.path(f"s{block}" if block else "x0"),
+            target=self.path(f"x{block + 1}"),
+            solved=self.path(f"solved{block}"),
+            output=self.path(f"{output}{block}"),
+            record=self.path(f"refine{block}.json"),
+            index=block,
+            seed=0,
+            calibration=CALIBRATION,
+            refinement=REFINEMENT,
+            log=self.log,
+        )
+
+    def propagate(self, block: int) -> None:
+        stages.propagate(
+            source=self.path("source.json"),
+            shifted=self.path(f"s{block}" if block else "x0"),
+            target=self.path(f"x{block + 1}"),
+            factors=self.path(f"refined{block}"),
+            output=self.path(f"s{block + 1}"),
+            record=self.path(f"propagate{block}.json"),
+            index=block,
+            calibration=CALIBRATION,
+            log=self.log,
+        )
+
+    def assemble(self, blocks: int) -> Path:
+        stages.assemble(
+            source=self.path("source.json"),
+            outline=self.path("outline.json"),
+            factors=[self.path(f"refined{block}") for block in range(blocks)],
+            checksums=self.path("model/SHA256SUMS"),
+            record=self.path("assemble.json"),
+            details={},
+            log=self.log,
+        )
+        return self.folder / "model"
+
+
+@pytest.fixture
+def chain(tmp_path: Path) -> Callable[[str], Chain]:
+    def make(name: str) -> Chain:
+        tiny_model(name).save_pretrained(tmp_path / "dense")
+        return Chain(tmp_path / "made", tmp_path / "dense")
+
+    return make
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_stages_end_to_end(chain: Callable[[str], Chain], name: str) -> None:
+    """The loaded checkpoint computes what the last shifted activations say, on every architecture."""
+    run = chain(name)
+    blocks = run.original()
+    for block in range(blocks):
+        run.solve(block)
+        run.refine(block)
+        run.propagate(block)
+    model = AutoModelForCausalLM.from_pretrained(run.assemble(blocks), dtype=torch.float32)
+    reached: list[torch.Tensor] = []
+    prefix = json.loads(Path(run.path("outline.json")).read_text())["path"]
+    last = model.get_submodule(f"{prefix}.{blocks - 1}")
+    handle = last.register_forward_hook(
+        lambda module, inputs, output: reached.append(output[0] if isinstance(output, tuple) else output)
+    )
+    with torch.no_grad():
+        model(random_tokens(3), use_cache=False)
+    handle.remove()
+    expected = read_tensors(Path(run.path(f"s{blocks}")), device=CPU)["activations"]
+    assert expected.shape == (3, TOKENS, 32)
+    # The same float32 operations in batches of another size: some hundred eps of the largest value.
+    torch.testing.assert_close(reached[0], expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+    for block in range(blocks):
+        before = json.loads(Path(run.path(f"refine{block}.json")).read_text())["before"]
+        after = json.loads(Path(run.path(f"propagate{block}.json")).read_text())["after"]
+        assert 0 < after["mse"] < 2 * before["mse"]
+
+
+def test_a_stage_repeated_gives_the_same_bytes_and_records_itself(chain: Callable[[str], Chain]) -> None:
+    run = chain("llama")
+    run.original()
+    run.solve(0)
+    run.refine(0)
+    torch.manual_seed(123)  # the global generator is not used
+    torch.rand(7)
+    run.refine(0, output="again")
+    assert Path(run.path("refined0")).read_bytes() == Path(run.path("again0")).read_bytes()
+    verify(Path(run.path("refine0.json")))
+    record = json.loads(Path(run.path("refine0.json")).read_text())
+    assert record["stage"] == "refine block 0"
+    assert record["seconds"] > 0
+    assert 10 < record["peak_memory_mb"] < 100_000
+    assert record["device"] == "cpu"
+    assert record["code"] == stages.code_digest()
+    assert {"python", "torch", "transformers", "aasvd"} <= set(record["versions"])
+    assert len(record["losses"]) == REFINEMENT["epochs"]
+    assert "refine block 0: done" in Path(run.log).read_text()
+
+
+def test_an_assembled_checkpoint_is_made_again_over_its_remains(chain: Callable[[str], Chain]) -> None:
+    run = chain("llama")
+    blocks = run.original()
+    for block in range(blocks):
+        run.solve(block)
+        run.refine(block)
+        run.propagate(block)
+    folder = run.assemble(blocks)
+    first = load_file(folder / "model.safetensors")
+    (folder / "SHA256SUMS").unlink()  # as Snakemake does before it runs a job again
+    run.assemble(blocks)
+    assert (folder / "SHA256SUMS").exists()
+    second = load_file(folder / "model.safetensors")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_damaged_input_names_stage_file_and_command(chain: Callable[[str], Chain]) -> None:
+    run = chain("llama")
+    run.original()
+    file = Path(run.path("c0"))
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(stages.StageError) as raised:
+        run.solve(0)
+    assert isinstance(raised.value.__cause__, DamagedArtifactError)
+    assert str(raised.value).startswith(f"solve block 0: {file} is damaged")
+    assert f"--force {file}" in str(raised.value)
+    assert "Traceback" in Path(run.log).read_text()
+    assert not Path(run.path("solve0.json")).exists()
+
+
+@pytest.mark.parametrize(
+    ("where", "cause"), [("weight", "the model's own mlp.up_proj.weight"), ("input", "the input of")]
+)
+def test_numbers_that_are_not_finite_name_layer_and_stage(tmp_path: Path, where: str, cause: str) -> None:
+    model = tiny_model("llama")
+    with torch.no_grad():
+        if where == "weight":
+            model.model.layers[0].mlp.up_proj.weight[1, 2] = torch.nan
+        else:
+            model.model.embed_tokens.weight[:] = torch.inf
+    model.save_pretrained(tmp_path / "dense")
+    with pytest.raises(stages.StageError, match=rf"capture block 0: .*not finite: {cause}"):
+        Chain(tmp_path / "made", tmp_path / "dense").original()
+
+
+def test_running_out_of_memory_says_which_setting_lowers_it(tmp_path: Path) -> None:
+    with (
+        pytest.raises(
+            stages.StageError, match=r"embed: the device ran out of memory; lower calibration\.batch"
+        ),
+        stages._stage("embed", log=tmp_path / "log", record=tmp_path / "record", advice=stages._PASSES),
+    ):
+        raise torch.OutOfMemoryError
+    assert not (tmp_path / "record").exists()
+
+
+def test_a_mistake_in_the_code_keeps_its_type(tmp_path: Path) -> None:
+    with (
+        pytest.raises(KeyError),
+        stages._stage("embed", log=tmp_path / "log", record=None, advice=""),
+    ):
+        raise KeyError("x")
+    assert "embed failed" in (tmp_path / "log").read_text()
+
+
+def test_stages_never_run_together_and_keep_their_logs_apart(tmp_path: Path) -> None:
+    running: list[int] = []
+    together: list[int] = []
+
+    def work(number: int) -> None:
+        with stages._stage(f"stage {number}", log=tmp_path / f"{number}.log", record=None, advice=""):
+            running.append(number)
+            time.sleep(0.02)
+            logging.getLogger("aasvd.test").info("by %d", number)
+            together.append(len(running))
+            running.remove(number)
+
+    threads = [threading.Thread(target=work, args=[number]) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert together == [1] * 4
+    for number in range(4):
+        text = (tmp_path / f"{number}.log").read_text()
+        assert f"by {number}" in text
+        assert len([line for line in text.splitlines() if ": by " in line]) == 1
+
+
+@pytest.mark.parametrize(("name", "expected"), [("bfloat16", torch.bfloat16), ("float32", torch.float32)])
+def test_a_named_float_type_is_used_everywhere(name: str, expected: torch.dtype) -> None:
+    assert stages.compute_dtype(name, CPU) == stages.compute_dtype(name, torch.device("cuda")) == expected
+
+
+def test_auto_is_bfloat16_where_it_is_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert stages.compute_dtype("auto", torch.device("cuda")) == torch.bfloat16
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    assert stages.compute_dtype("auto", CPU) == torch.float32
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    assert stages.compute_dtype("auto", CPU) == torch.bfloat16
+
+
+def test_a_linked_folder_stores_no_byte_twice_and_replaces_what_was_there(tmp_path: Path) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    for folder in (source, target):
+        folder.mkdir()
+        (folder / "a").write_text(folder.name)
+    (target / "a").chmod(0o444)
+    stages._link_folder(source, target)
+    assert (target / "a").read_text() == "source"
+    assert (target / "a").samefile(source / "a")
+
+
+def test_seconds_are_summed_over_blocks() -> None:
+    records = [{"stage": f"solve block {n}", "seconds": 1.5} for n in range(3)] + [
+        {"stage": "embed", "seconds": 2.0}
+    ]
+    assert stages._seconds(records) == {"solve": 4.5, "embed": 2.0}
