@@ -19,7 +19,7 @@ import torch
 import workflow_copy
 import yaml
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from workflow_copy import BLOCKS, ROOT, RUN, Copy, finished
+from workflow_copy import BLOCKS, ROOT, RUN, Copy, finished, jobs
 
 from aasvd import params
 from aasvd.artifacts import remake_command
