@@ -369,14 +369,15 @@ def test_damage_is_named_and_the_printed_command_mends_it(another: Copy) -> None
     original, blocks = another.find("original/tiny/*"), another.find("compressed/tiny/*/r*")
     tokens = another.find("calibration/tiny/*/tokens.parquet")
     dense = another.find("sources/models/tiny/*/dense") / "model.safetensors"
-    solved, refined = (
-        blocks / "block_001" / "solved.safetensors",
-        blocks / "block_001" / "refined.safetensors",
-    )
+    solved = blocks / "block_001" / "solved.safetensors"
     overwrite(another.path(tokens), another.path(tokens).read_bytes()[:-5])
     flip(another.path(solved))
     flip(another.path(dense), "model.norm.weight")
-    readers = [original / "embedded.safetensors", refined, blocks / "model" / "SHA256SUMS"]
+    readers = [
+        original / "embedded.safetensors",
+        blocks / "block_001" / "refined.safetensors",
+        blocks / "model" / "SHA256SUMS",
+    ]
     for reader in readers:
         another.path(reader).unlink()
     assert mend(another, f"results/{RUN}/eval.json", *readers) == {
