@@ -5,6 +5,7 @@ The work is that of the comparison with the official AA-SVD code: SmolLM2-135M, 
 512 tokens in order. Times are worth comparing within one run only.
 """
 
+import contextlib
 import itertools
 import json
 import os
@@ -13,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,18 @@ def run_workflow(folder: Path, config: Mapping[str, Any], targets: list[str]) ->
     start = time.perf_counter()
     subprocess.run(command, cwd=folder, check=True)
     return time.perf_counter() - start
+
+
+@contextlib.contextmanager
+def workspace() -> Iterator[Path]:
+    """Yield an empty folder to run the workflow in, which shares nothing but fetched sources."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        (folder / "results" / "artifacts").mkdir(parents=True)
+        for shared in ("results/downloads", "results/artifacts/sources"):
+            (REPOSITORY / shared).mkdir(parents=True, exist_ok=True)
+            (folder / shared).symlink_to(REPOSITORY / shared)
+        yield folder
 
 
 def records(folder: Path) -> list[dict[str, Any]]:
@@ -125,12 +138,7 @@ def benchmark(repository_config: Mapping[str, Any], name: str) -> dict[str, Any]
         overrides["calibration"] = {**CALIBRATION, "text": "peer"}
         overrides["evaluation"]["texts"] = ["peer"]
     config = _merged(_merged(repository_config, overrides), BENCHMARKS[name])
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        (folder / "results" / "artifacts").mkdir(parents=True)
-        for shared in ("results/downloads", "results/artifacts/sources"):
-            (REPOSITORY / shared).mkdir(parents=True, exist_ok=True)
-            (folder / shared).symlink_to(REPOSITORY / shared)
+    with workspace() as folder:
         run_workflow(folder, config, ["fetch"])
         total = run_workflow(folder, config, ["compress"])
         found = records(folder)
@@ -166,11 +174,7 @@ def memory(repository_config: Mapping[str, Any]) -> dict[str, dict[str, float]]:
             "refinement": {"epochs": 1},
         }
         config = _merged(repository_config, overrides)
-        with tempfile.TemporaryDirectory() as temporary:
-            folder = Path(temporary)
-            (folder / "results" / "artifacts").mkdir(parents=True)
-            for shared in ("results/downloads", "results/artifacts/sources"):
-                (folder / shared).symlink_to(REPOSITORY / shared)
+        with workspace() as folder:
             paths = params.Paths(config, params.parse_run(config, "smollm2-135m_r0.6"))
             run_workflow(folder, config, [f"{paths.compressed}/block_000/propagate.json"])
             for record in records(folder):

@@ -206,16 +206,14 @@ def embed(
         # Neither the blocks nor the output head are called.
         if name.startswith(f"{parts.model.base_model_prefix}.") and not name.startswith(f"{parts.path}.")
     }
-    model = copy.deepcopy(parts.model)
-    model.load_state_dict(state, strict=False, assign=True)
-    filled = _fill(Skeleton(model, model.get_submodule(parts.path), parts.path), dtype)
+    filled = _callable(parts, state, dtype)
     expected = forward_arguments(parts, tokens=tokens[0].shape[1], device=torch.device("cpu"), dtype=dtype)
     for batch in tokens:
         entrance = _enter(filled, batch)
         if not _equal(_enter(filled, batch[:1]).arguments, expected):
             raise ValueError(
-                f"the blocks of {type(model).__name__} are called with arguments that depend on the tokens; "
-                "such models cannot be compressed block by block"
+                f"the blocks of {type(parts.model).__name__} are called with arguments that depend on "
+                "the tokens; such models cannot be compressed block by block"
             )
         yield entrance.hidden
 
@@ -233,21 +231,24 @@ def forward_arguments(
         device: Where the arguments' tensors go.
         dtype: Float type of the activations.
     """
-    model = copy.deepcopy(parts.model)
-    filled = _fill(Skeleton(model, model.get_submodule(parts.path), parts.path), dtype)
-    arguments = _enter(filled, torch.zeros(1, tokens, dtype=torch.long)).arguments
+    arguments = _enter(_callable(parts, {}, dtype), torch.zeros(1, tokens, dtype=torch.long)).arguments
     return [place(mapping, device=device, dtype=dtype) for mapping in arguments]
 
 
-def _fill(parts: Skeleton, dtype: torch.dtype) -> Skeleton:
-    """Give parameters that have no weights zeros of no size in memory, so that the model can be called."""
+def _callable(parts: Skeleton, state: Mapping[str, Tensor], dtype: torch.dtype) -> Skeleton:
+    """Return a copy of a model that can be called up to its blocks.
+
+    Parameters outside the blocks that `state` does not hold become zeros of no size in memory.
+    """
+    model = copy.deepcopy(parts.model)
+    model.load_state_dict(dict(state), strict=False, assign=True)
     zero = torch.zeros((), dtype=dtype)
-    for name, parameter in list(parts.model.named_parameters()):
+    for name, parameter in list(model.named_parameters()):
         if parameter.is_meta and not name.startswith(f"{parts.path}."):
             owner, _, leaf = name.rpartition(".")
             empty = nn.Parameter(zero.expand(parameter.shape), requires_grad=False)
-            setattr(parts.model.get_submodule(owner), leaf, empty)
-    return parts
+            setattr(model.get_submodule(owner), leaf, empty)
+    return Skeleton(model, model.get_submodule(parts.path), parts.path)
 
 
 def place(arguments: Mapping[str, Any], *, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:

@@ -7,6 +7,7 @@ are the same bytes whenever the inputs and parameters are the same.
 
 import contextlib
 import copy
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -493,10 +494,15 @@ def assemble(
                 for name in factored(with_factors)
             }
 
+        # The checkpoint's tensors come block by block: each file is read and verified once, one held.
+        @functools.lru_cache(maxsize=1)
+        def block(index: int) -> dict[str, Tensor]:
+            return read_tensors(Path(factors[index]), device=host)
+
         def tensor(name: str) -> Tensor:
             if name.startswith(f"{path}."):
                 index, _, inner = name.removeprefix(f"{path}.").partition(".")
-                compressed = read_tensors(Path(factors[int(index)]), device=host)
+                compressed = block(int(index))
                 if inner in compressed:
                     return compressed[inner]
             return blocks.read(dense, parts, name)

@@ -30,14 +30,11 @@ def stale(config: params.Config) -> list[Path]:
             continue
         run = params.parse_run(config, name)
         paths = params.Paths(config, run)
-        current |= {paths.model, paths.calibration, paths.original, paths.compressed, paths.evaluation}
+        current |= {paths.calibration, paths.original, paths.compressed, paths.evaluation}
         current.add(paths.dense_evaluation)
-        texts = [
-            (run.settings["calibration"]["text"], "train"),
-            *((t, "test") for t in run.settings["evaluation"]["texts"]),
-        ]
-        current |= {params.text_file(config, text, split).parent for text, split in texts}
-        current |= {params.task_file(config, task).parent for task in run.settings["evaluation"]["tasks"]}
+        # What is fetched does not depend on the number of blocks.
+        fetched = params.phase_targets(config, run, "fetch", blocks=lambda: 0)
+        current |= {Path(file).parent for file in fetched}
     folders = [
         *params.ARTIFACTS.glob("sources/*/*/*"),
         *params.ARTIFACTS.glob("calibration/*/*"),
