@@ -126,11 +126,16 @@ def refine(
 
 
 def _loss(output: Tensor, target: Tensor, kind: str) -> Tensor:
-    if kind == "mse":
-        return F.mse_loss(output, target)
-    # The first token of a sequence can be a thousand times as large as the others (an attention sink); by
-    # squared error alone a block would be fitted to little else.
-    return ((output - target).square().sum(-1) / target.square().sum(-1).clamp_min(1e-12)).mean()
+    return F.mse_loss(output, target) if kind == "mse" else _relative(output, target).mean()
+
+
+def _relative(output: Tensor, target: Tensor) -> Tensor:
+    """Return each token's squared error relative to its target's squared norm.
+
+    The first token of a sequence can be a thousand times as large as the others (an attention sink); by
+    squared error alone a block would be fitted to little else.
+    """
+    return (output - target).square().sum(-1) / target.square().sum(-1).clamp_min(1e-12)
 
 
 def _order(count: int, *, shuffle: bool, generator: torch.Generator) -> list[int]:
@@ -174,13 +179,14 @@ def distortion(
         on_output: Called with each batch of outputs.
 
     Returns:
-        `mse`, the mean over elements, and `cosine`, the mean over tokens of 1 - cosine similarity.
+        `mse`, the mean over elements; `relative`, the mean over tokens of the squared error relative to the
+        target's squared norm; and `cosine`, the mean over tokens of 1 - cosine similarity.
 
     Raises:
         ValueError: If an output is not finite.
     """
     dtype = next(block.parameters()).dtype
-    squared, cosine, tokens = 0.0, 0.0, 0
+    squared, relative, cosine, tokens = 0.0, 0.0, 0.0, 0
     for shifted, original in zip(inputs.batches(batch), targets.batches(batch), strict=True):
         output = block(shifted.to(device, dtype), **arguments)
         if not torch.isfinite(output).all():
@@ -188,6 +194,11 @@ def distortion(
         on_output(output)
         found, wanted = output.float(), original.to(device).float()
         squared += float((found - wanted).square().sum(dtype=torch.float64))
+        relative += float(_relative(found, wanted).sum(dtype=torch.float64))
         cosine += float((1 - F.cosine_similarity(found, wanted, dim=-1)).sum(dtype=torch.float64))
         tokens += found.shape[0] * found.shape[1]
-    return {"mse": squared / (tokens * targets.shape[2]), "cosine": cosine / tokens}
+    return {
+        "mse": squared / (tokens * targets.shape[2]),
+        "relative": relative / tokens,
+        "cosine": cosine / tokens,
+    }

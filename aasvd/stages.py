@@ -424,6 +424,14 @@ def refine_block(
                 generator=torch.Generator().manual_seed(seed * 1_000_003 + index),
                 on_step=on_step,
             )
+        measured["refined"] = refine.distortion(
+            copy.deepcopy(block).to(around.dtype), **streams, batch=around.batch
+        )
+        kind = refinement["loss"]
+        if measured["refined"][kind] >= measured["before"][kind]:
+            # Too few steps for the learning rate: better the start than a block that training made worse.
+            _logger.warning("refinement did not bring block %d closer, so its solved factors stay", index)
+            block = around.compressed(factors, torch.float32)
         write_tensors(Path(output), block.state_dict())
 
 
