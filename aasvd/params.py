@@ -101,6 +101,13 @@ def parse_run(config: Config, name: str) -> Run:
     return Run(name, match["model"], float(match["ratio"]), _settings(config, overrides))
 
 
+def named_runs(words: Iterable[str]) -> list[str]:
+    """Return the runs that the words of a command line ask for: names in `results/<run>/...`."""
+    parts = [Path(word).parts for word in words]
+    others = {ARTIFACTS.name, "downloads", "compare", "paper"}
+    return [p[1] for p in parts if len(p) > 2 and p[0] == "results" and p[1] not in others]
+
+
 def _settings(config: Config, overrides: Config) -> dict[str, Any]:
     sections = ("seed", "calibration", "compression", "refinement", "evaluation")
     settings = {section: copy.deepcopy(config[section]) for section in sections}
