@@ -67,6 +67,11 @@ class Source:
         """Return how many numbers the model's files hold."""
         return sum(math.prod(entry["shape"]) for entry in self.tensors.values())
 
+    def byte_count(self) -> int:
+        """Return the size of the files that hold the model's tensors."""
+        files = {entry["file"] for entry in self.tensors.values()}
+        return sum((self.folder / file).stat().st_size for file in files)
+
     def find(self, name: str, *, prefix: str) -> str | None:
         """Return the name under which the files hold a parameter: with or without the base model's prefix."""
         alternatives = (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}")

@@ -147,6 +147,7 @@ def solve_block(
     *,
     objective: Objective,
     parameter_ratio: float,
+    storage: str,
     ridge: float,
     grams: Sequence[Tensor],
     token_count: int,
@@ -164,6 +165,7 @@ def solve_block(
         groups: Names of its linears, grouped by shared input.
         objective: What is minimised.
         parameter_ratio: Share of each matrix's parameters that is kept.
+        storage: Format whose cost decides the rank at that share (see `aasvd.rank`).
         ridge: Pull towards W, relative to the mean diagonal of the covariance.
         grams: X Xᵀ of each group on the original side.
         token_count: Number of tokens the covariances sum over.
@@ -177,7 +179,10 @@ def solve_block(
     report: dict[str, dict[str, float | int | None]] = {}
     for index, group in enumerate(groups):
         weights = {name: _linear(original, name).weight.detach() for name in group}
-        ranks = {name: uniform_rank(*w.shape, parameter_ratio=parameter_ratio) for name, w in weights.items()}
+        ranks = {
+            name: uniform_rank(*w.shape, parameter_ratio=parameter_ratio, storage=storage)
+            for name, w in weights.items()
+        }
         gram = unshifted = grams[index].to(device)
         cross = None
         if objective.shifted:

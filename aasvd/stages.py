@@ -40,6 +40,7 @@ from aasvd.artifacts import (
     writing_activations,
 )
 from aasvd.covariance import pack, unpack
+from aasvd.formats import FORMATS
 
 _DISTRIBUTIONS = ("aasvd", "torch", "transformers", "safetensors", "datasets", "lm_eval", "snakemake", "dvc")
 _logger = logging.getLogger(__name__)
@@ -361,6 +362,7 @@ def solve_block(
             around.groups,
             objective=objective,
             parameter_ratio=parameter_ratio,
+            storage=compression["storage"],
             ridge=compression["ridge"],
             grams=[unpack(packed["+".join(group)]) for group in around.groups],
             token_count=x.shape[0] * x.shape[1],
@@ -486,6 +488,7 @@ def assemble(
     factors: Sequence[str],
     checksums: str,
     record: str,
+    storage: str,
     details: Mapping[str, Any],
     log: str,
 ) -> None:
@@ -493,39 +496,66 @@ def assemble(
     with _stage("assemble", log=Path(log), record=Path(record), advice=_PASSES) as measured:
         dense = blocks.Source(Path(source))
         parts = blocks.skeleton(dense.folder)
-        path, host = read_json(Path(outline))["path"], torch.device("cpu")
+        path, folder = read_json(Path(outline))["path"], Path(checksums).parent
+        dtype = parts.model.config.dtype or torch.float32
         ranks: dict[str, int] = {}
-        for index, file in enumerate(factors):
-            with_factors = read_tensors(Path(file), device=host)
-            ranks |= {
-                f"{path}.{index}.{name}": with_factors[f"{name}.u"].shape[1]
-                for name in factored(with_factors)
-            }
-
-        # The checkpoint's tensors come block by block: each file is read and verified once, one held.
-        @functools.lru_cache(maxsize=1)
-        def block(index: int) -> dict[str, Tensor]:
-            return read_tensors(Path(factors[index]), device=host)
-
-        def tensor(name: str) -> Tensor:
-            if name.startswith(f"{path}."):
-                index, _, inner = name.removeprefix(f"{path}.").partition(".")
-                compressed = block(int(index))
-                if inner in compressed:
-                    return compressed[inner]
-            return blocks.read(dense, parts, name)
-
         # Snakemake removes the list of checksums before it runs this again; what is left is no checkpoint.
-        shutil.rmtree(Path(checksums).parent, ignore_errors=True)
-        checkpoint.write(
-            dense=dense.folder,
-            output=Path(checksums).parent,
-            ranks=ranks,
-            details=details,
-            tensor=tensor,
-            dtype=parts.model.config.dtype or torch.float32,
-        )
+        shutil.rmtree(folder, ignore_errors=True)
+        with _scratch(folder.with_name(".packed")) as packed:
+            for index, file in enumerate(tqdm(factors, desc="Packing blocks", unit="block")):
+                tensors = read_tensors(Path(file), device=compute_device())
+                names = factored(tensors)
+                ranks |= {f"{path}.{index}.{name}": tensors[f"{name}.u"].shape[1] for name in names}
+                write_tensors(packed / str(index), _packed(tensors, names, storage=storage, dtype=dtype))
+
+            # The checkpoint wants its tensors by type, then name: block by block, once for each type.
+            @functools.lru_cache(maxsize=1)
+            def block(index: int) -> dict[str, Tensor]:
+                return read_tensors(packed / str(index), device=torch.device("cpu"))
+
+            def tensor(name: str) -> Tensor:
+                if name.startswith(f"{path}."):
+                    index, _, inner = name.removeprefix(f"{path}.").partition(".")
+                    compressed = block(int(index))
+                    if inner in compressed:
+                        return compressed[inner]
+                return blocks.read(dense, parts, name)
+
+            checkpoint.write(
+                dense=dense.folder,
+                output=folder,
+                ranks=ranks,
+                storage=storage,
+                details=details,
+                tensor=tensor,
+                dtype=dtype,
+            )
         measured["ranks"] = ranks
+
+
+@contextlib.contextmanager
+def _scratch(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder that is gone when the block ends."""
+    # One fixed name, so that what a killed stage left is cleared by the next one.
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _packed(
+    tensors: Mapping[str, Tensor], names: Sequence[str], *, storage: str, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Return a block's tensors as a checkpoint stores them: the factors of the named linears packed."""
+    factors = {f"{name}.{factor}" for name in names for factor in ("u", "v")}
+    rest = {key: tensor for key, tensor in tensors.items() if key not in factors}
+    return rest | {
+        f"{name}.{part}": tensor
+        for name in names
+        for part, tensor in FORMATS[storage].pack(tensors[f"{name}.u"], tensors[f"{name}.v"], dtype).items()
+    }
 
 
 # --- evaluation ------------------------------------------------------------------------------------------
@@ -629,7 +659,7 @@ def publish(
         folder = Path(checksums).parent
         checkpoint.verify(folder)
         shapes = read_json(Path(outline))["linears"]
-        stored = checkpoint.parameter_counts(folder, list(shapes))
+        stored = checkpoint.counts(folder, list(shapes))
         before = sum(rows * columns for rows, columns in shapes.values())
         made = [read_json(Path(record)) for record in records]
         measured = [*map(_measurement, dense)], [*map(_measurement, compressed)]
@@ -639,12 +669,14 @@ def publish(
             "model": run.model,
             "method": run.settings["compression"]["method"],
             "objective": run.settings["compression"]["objective"],
+            "storage": run.settings["compression"]["storage"],
             "ratio": {"target": run.ratio, "achieved": stored["linears"] / before},
             "parameters": {
                 "dense": blocks.Source(Path(source)).parameter_count(),
                 "compressed": stored["model"],
                 "linears": {"dense": before, "compressed": stored["linears"]},
             },
+            "bytes": {"dense": blocks.Source(Path(source)).byte_count(), "compressed": stored["bytes"]},
             "perplexity": _side_by_side(*measured, kind="perplexity"),
             "accuracy": _side_by_side(*measured, kind="accuracy"),
             "seconds": _seconds(everything),

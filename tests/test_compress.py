@@ -68,6 +68,7 @@ class Case:
             self.groups,
             objective=what,
             parameter_ratio=ratio,
+            storage="factors",
             ridge=ridge,
             grams=self.capture(),
             token_count=self.x.shape[0] * self.x.shape[1],
@@ -183,7 +184,7 @@ def slow_anchored(
             solution = torch.from_numpy(
                 np.linalg.lstsq(x_shifted.T.numpy(), target.T.numpy(), rcond=1e-10)[0]
             ).T
-            rank = uniform_rank(*weight.shape, parameter_ratio=ratio)
+            rank = uniform_rank(*weight.shape, parameter_ratio=ratio, storage="factors")
             left = torch.linalg.svd(solution @ x_shifted, full_matrices=False).U[:, :rank]
             weights[name] = left @ left.T @ solution
             outputs[name] = weights[name] @ x_shifted
@@ -416,6 +417,7 @@ def test_not_finite_inputs_name_the_layers(side: Case, tmp_path: Path, bad: floa
             side.groups,
             objective=OBJECTIVES["input_aware"],
             parameter_ratio=0.6,
+            storage="factors",
             ridge=0.0,
             grams=grams,
             token_count=1,

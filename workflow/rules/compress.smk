@@ -107,9 +107,12 @@ rule assemble:
     log:
         "logs/{model}/{calibration}/{compression}/assemble.log",
     params:
+        storage=lambda w: run_of(w).settings["compression"]["storage"],
         details=lambda w: params.compression_ingredients(config, run_of(w)),
     run:
-        stages().assemble(**input, **output, details=params.details, log=log[0])
+        stages().assemble(
+            **input, **output, storage=params.storage, details=params.details, log=log[0]
+        )
 
 
 rule describe_compression:
