@@ -10,11 +10,20 @@ from torch import nn
 
 from aasvd.lowrank import CompressedLinear, LowRankLinear
 from aasvd.pivoted import PivotedLinear
+from aasvd.quantized import Int8LowRankLinear, Int8PivotedLinear, RemappedLinear
 
 FORMATS: dict[str, type[CompressedLinear]] = {
     "factors": LowRankLinear,
     "pivoted": PivotedLinear,
+    "remapped": RemappedLinear,
+    "factors-int8": Int8LowRankLinear,
+    "pivoted-int8": Int8PivotedLinear,
 }
+
+
+def format_name(storage: str, precision: str) -> str:
+    """Return the format of `compression.storage` and `compression.precision` in params.yaml."""
+    return f"{storage}-int8" if precision == "int8" else storage
 
 
 def replace_linears(model: nn.Module, ranks: Mapping[str, int], *, storage: str) -> None:

@@ -70,8 +70,12 @@ class CompressedLinear(nn.Module):
     def problem(name: str, value: Tensor) -> str | None:
         """Say what is wrong with a stored tensor of OVERHEAD, if it holds what no packing gives."""
 
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """Return u (out, rank) and v (rank, in), the product of which is the layer's weight."""
+    def factors(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+        """Return u (out, rank) and v (rank, in), the product of which is the layer's weight.
+
+        Args:
+            dtype: Float type to expand codes to; parameters come in their own.
+        """
         raise NotImplementedError
 
     def dense(self) -> Tensor:
@@ -130,6 +134,6 @@ class LowRankLinear(CompressedLinear):
         """Return the factors themselves."""
         return {"u": u.to(dtype), "v": v.to(dtype)}
 
-    def factors(self) -> tuple[Tensor, Tensor]:
+    def factors(self, _dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
         """Return the factors themselves."""
         return self.u, self.v

@@ -98,7 +98,13 @@ def parse_run(config: Config, name: str) -> Run:
             f"run {name!r}: ratio {match['ratio']} must lie between 0 and 1; it is the share kept"
         )
     overrides = choose(match["variant"], config["variants"], "variant") if match["variant"] else {}
-    return Run(name, match["model"], float(match["ratio"]), _settings(config, overrides))
+    settings = _settings(config, overrides)
+    if settings["compression"]["storage"] == "remapped" and settings["compression"]["precision"] == "int8":
+        raise ValueError(
+            f"run {name!r}: compression.precision int8 does not go with compression.storage remapped, "
+            "which has 8 bit already"
+        )
+    return Run(name, match["model"], float(match["ratio"]), settings)
 
 
 def named_runs(words: Iterable[str]) -> list[str]:

@@ -7,9 +7,12 @@ on Q alone. C does not depend on the basis either, so pivots that make it small 
 gauge.
 """
 
+from collections.abc import Callable
+from typing import ClassVar
+
 import scipy.linalg
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from aasvd.lowrank import CompressedLinear, Layout
@@ -71,6 +74,35 @@ def _swap(pivots: Tensor, others: Tensor, coefficients: Tensor, bound: float) ->
         coefficients[row, column] = 1 / pivot
 
 
+def convert(
+    u: Tensor, v: Tensor, fit: Callable[[Tensor, Tensor], Tensor] | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Convert factors u (m, k), v (k, n) to rows, coefficients and their order.
+
+    Args:
+        u: Left factor.
+        v: Right factor.
+        fit: Rounds a matrix M, given the Gram matrix G of what it is multiplied with, as (M, G); None keeps
+            all digits. The rows are rounded against what the coefficients make of their errors; then the
+            coefficients, fitted anew to the rounded rows.
+
+    Returns:
+        Rows (k, n) and coefficients (m − k, k), float64; order (m,) int32: the place of each row of u v among
+        the pivots' rows followed by the others.
+    """
+    pivots, others, coefficients = choose_pivots(u)
+    left, right = u.to(torch.float64), v.to(torch.float64)
+    rows = left[pivots] @ right
+    if fit is not None:
+        identity = torch.eye(len(rows), dtype=torch.float64, device=u.device)
+        rows = fit(rows, identity + coefficients.mT @ coefficients)
+        coefficients = refit(rows, coefficients, left[others] @ right)
+        coefficients = fit(coefficients.mT, rows @ rows.mT).mT
+    order = torch.empty(len(u), dtype=torch.int32, device=u.device)
+    order[torch.cat((pivots, others))] = torch.arange(len(u), dtype=torch.int32, device=u.device)
+    return rows, coefficients, order
+
+
 class PivotedLinear(CompressedLinear):
     """Linear layer of rank k that stores k rows of its weight and the others' coefficients.
 
@@ -79,10 +111,10 @@ class PivotedLinear(CompressedLinear):
     and others.
     """
 
-    OVERHEAD = ("order",)
+    OVERHEAD: ClassVar[tuple[str, ...]] = ("order",)
 
-    rows: nn.Parameter
-    coefficients: nn.Parameter
+    rows: Tensor
+    coefficients: Tensor
     order: Tensor
 
     @staticmethod
@@ -98,24 +130,17 @@ class PivotedLinear(CompressedLinear):
     def pack(u: Tensor, v: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
         """Convert factors u (out, rank), v (rank, in) exactly; round only where `dtype` is short.
 
-        In float32 and float64 the stored rows are rows of u v. Shorter types are rounded with feedback: the
-        rows against what the coefficients make of their errors, then the coefficients, fitted anew to the
-        rounded rows.
+        In float32 and float64 the stored rows are rows of u v.
         """
-        pivots, others, coefficients = choose_pivots(u)
-        left, right = u.to(torch.float64), v.to(torch.float64)
-        rows = left[pivots] @ right
-        if torch.finfo(dtype).eps > torch.finfo(torch.float32).eps:
 
-            def rounded(_row: int, values: Tensor) -> Tensor:
-                return values.to(dtype).to(torch.float64)
+        def rounded(_row: int, values: Tensor) -> Tensor:
+            return values.to(dtype).to(torch.float64)
 
-            identity = torch.eye(len(rows), dtype=torch.float64, device=u.device)
-            rows = round_with_feedback(rows, identity + coefficients.mT @ coefficients, rounded)
-            coefficients = refit(rows, coefficients, left[others] @ right)
-            coefficients = round_with_feedback(coefficients.mT, rows @ rows.mT, rounded).mT
-        order = torch.empty(len(u), dtype=torch.int32, device=u.device)
-        order[torch.cat((pivots, others))] = torch.arange(len(u), dtype=torch.int32, device=u.device)
+        def fit(matrix: Tensor, gram: Tensor) -> Tensor:
+            return round_with_feedback(matrix, gram, rounded)
+
+        short = torch.finfo(dtype).eps > torch.finfo(torch.float32).eps
+        rows, coefficients, order = convert(u, v, fit if short else None)
         return {"rows": rows.to(dtype), "coefficients": coefficients.to(dtype).contiguous(), "order": order}
 
     @staticmethod
@@ -125,17 +150,26 @@ class PivotedLinear(CompressedLinear):
         complete = name != "order" or torch.equal(value.sort().values, places)
         return None if complete else f"is not an order of the numbers 0 to {len(value) - 1}"
 
-    def factors(self) -> tuple[Tensor, Tensor]:
+    def matrices(self, _dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return rows and coefficients as a pass in a float type needs them."""
+        return self.rows, self.coefficients
+
+    def factors(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
         """Return u (out, rank), the identity in the pivots' rows, and v (rank, in) with weight u v."""
-        identity = torch.eye(self.rank, device=self.rows.device, dtype=self.rows.dtype)
-        return torch.cat((identity, self.coefficients)).index_select(0, self.order), self.rows
+        rows, coefficients = self.matrices(dtype)
+        return self._ordered(coefficients), rows
+
+    def _ordered(self, coefficients: Tensor) -> Tensor:
+        identity = torch.eye(self.rank, device=coefficients.device, dtype=coefficients.dtype)
+        return torch.cat((identity, coefficients)).index_select(0, self.order)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (..., in) to (..., out)."""
-        latents = F.linear(x, self.rows)
+        rows, coefficients = self.matrices(x.dtype)
+        latents = F.linear(x, rows)
         # Ordering rank rows of the weight once costs less than ordering the outputs of that many tokens,
         # which are strided; a compiler makes one kernel of the latter, and keeps one graph for any length.
         if not torch.compiler.is_compiling() and x.shape[:-1].numel() > self.rank:
-            return F.linear(latents, self.factors()[0], self.bias)
-        outputs = torch.cat((latents, F.linear(latents, self.coefficients)), -1).index_select(-1, self.order)
+            return F.linear(latents, self._ordered(coefficients), self.bias)
+        outputs = torch.cat((latents, F.linear(latents, coefficients)), -1).index_select(-1, self.order)
         return outputs if self.bias is None else outputs + self.bias

@@ -35,11 +35,26 @@ def _remapped(m: int, n: int, k: int) -> int:
     return k * max(m, n)
 
 
+def _scales(_m: int, _n: int, k: int) -> int:
+    return 4 * k
+
+
+def _order(m: int, _n: int, _k: int) -> int:
+    return 4 * m
+
+
+def _both(m: int, n: int, k: int) -> int:
+    return _order(m, n, k) + _scales(m, n, k)
+
+
 # By the name that `quantization_config.storage` has; a place in the order of rows takes four bytes, a pair
 # of scales for each of the k components too.
 COSTS = {
     "factors": Cost(_factors, lambda _m, _n, _k: 0, None),
-    "pivoted": Cost(_pivoted, lambda m, _n, _k: 4 * m, None),
+    "pivoted": Cost(_pivoted, _order, None),
+    "remapped": Cost(_remapped, _scales, 2),
+    "factors-int8": Cost(_factors, _scales, 1),
+    "pivoted-int8": Cost(_pivoted, _both, 1),
 }
 
 

@@ -40,7 +40,7 @@ from aasvd.artifacts import (
     writing_activations,
 )
 from aasvd.covariance import pack, unpack
-from aasvd.formats import FORMATS
+from aasvd.formats import FORMATS, format_name
 
 _DISTRIBUTIONS = ("aasvd", "torch", "transformers", "safetensors", "datasets", "lm_eval", "snakemake", "dvc")
 _logger = logging.getLogger(__name__)
@@ -489,6 +489,7 @@ def assemble(
     checksums: str,
     record: str,
     storage: str,
+    precision: str,
     details: Mapping[str, Any],
     log: str,
 ) -> None:
@@ -497,7 +498,8 @@ def assemble(
         dense = blocks.Source(Path(source))
         parts = blocks.skeleton(dense.folder)
         path, folder = read_json(Path(outline))["path"], Path(checksums).parent
-        dtype = parts.model.config.dtype or torch.float32
+        dtype = torch.bfloat16 if precision == "bfloat16" else parts.model.config.dtype or torch.float32
+        storage = format_name(storage, precision)
         ranks: dict[str, int] = {}
         # Snakemake removes the list of checksums before it runs this again; what is left is no checkpoint.
         shutil.rmtree(folder, ignore_errors=True)
@@ -670,6 +672,7 @@ def publish(
             "method": run.settings["compression"]["method"],
             "objective": run.settings["compression"]["objective"],
             "storage": run.settings["compression"]["storage"],
+            "precision": run.settings["compression"]["precision"],
             "ratio": {"target": run.ratio, "achieved": stored["linears"] / before},
             "parameters": {
                 "dense": blocks.Source(Path(source)).parameter_count(),

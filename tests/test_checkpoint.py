@@ -55,6 +55,18 @@ def pack(
     return state
 
 
+def expand(model: PreTrainedModel, ranks: dict[str, int], storage: str, state: dict[str, Tensor]) -> None:
+    """Make a dense model compute what its packed linears stand for."""
+    for name in ranks:
+        linear = model.get_submodule(name)
+        layer = FORMATS[storage](
+            linear.in_features, linear.out_features, ranks[name], bias=False, dtype=torch.float32
+        )
+        layer.load_state_dict({part: state[f"{name}.{part}"] for part in layer.state_dict()})
+        with torch.no_grad():
+            linear.weight.copy_(layer.dense())
+
+
 class Written:
     """A checkpoint on disk, beside the dense model that computes the same."""
 
@@ -77,6 +89,8 @@ class Written:
         self.ranks = dict.fromkeys(self.linears[keep_dense:], RANK)
         self.storage = storage
         self.state = pack(factor(self.model, self.ranks), self.ranks, storage, dtype)
+        if FORMATS[storage].OVERHEAD[-1:] == ("scales",):
+            expand(self.model, self.ranks, storage, self.state)
         self.folder = folder / "model"
         self.asked: list[str] = []
         defaults: dict[str, Any] = {
@@ -475,6 +489,16 @@ def test_bad_order_of_rows(tmp_path: Path, edit: Callable[[Tensor], Tensor], mes
     name = f"{Q_PROJ}.order"
     edit_tensors(llama.folder, lambda tensors: tensors.update({name: edit(tensors[name])}))
     with pytest.raises(ValueError, match=rf"holds {name}.* {message}"):
+        load(llama.folder)
+
+
+@pytest.mark.parametrize("storage", ["remapped", "factors-int8", "pivoted-int8"])
+@pytest.mark.parametrize("bits", [0, -1, 0x7C00])
+def test_bad_scales(tmp_path: Path, storage: str, bits: int) -> None:
+    """Zero, NaN and infinity, as float16 has them."""
+    llama = Written(tmp_path, "llama", storage=storage)
+    edit_tensors(llama.folder, lambda tensors: tensors[f"{Q_PROJ}.scales"][0, 1:2].fill_(bits))
+    with pytest.raises(ValueError, match=rf"{Q_PROJ}\.scales, which holds scales that are not positive"):
         load(llama.folder)
 
 

@@ -19,6 +19,7 @@ ORDER = [
     "lowrank",
     "rounding",
     "pivoted",
+    "quantized",
     "formats",
     "weights",
     "attention",

@@ -213,6 +213,7 @@ ORIGINAL = COMPRESSED | {"calibration", "original"}
         ("compression", "objective", "anchored", COMPRESSED),
         ("compression", "ridge", 0.1, COMPRESSED),
         ("compression", "storage", "pivoted", COMPRESSED),
+        ("compression", "precision", "int8", COMPRESSED),
         ("compression", "blend", 0.1, set()),
         ("refinement", "epochs", 3, COMPRESSED),
         ("refinement", "batch", 3, COMPRESSED),
@@ -273,6 +274,12 @@ def test_an_evaluation_setting_renames_only_its_measurements(
     local["evaluation"][key] = value
     after = paths(local).measurements()
     assert {new.split("_")[0] for old, new in zip(before, after, strict=True) if old != new} == changed
+
+
+def test_remapped_is_eight_bits_already(config: Config) -> None:
+    config["variants"]["both"] = {"compression": {"storage": "remapped", "precision": "int8"}}
+    with pytest.raises(ValueError, match=r"int8 does not go with .*remapped"):
+        params.parse_run(config, f"{min(config['models'])}_r0.6_both")
 
 
 @pytest.mark.parametrize("kind", ["model", "text", "task", "calibration", "compression", "evaluation"])

@@ -117,14 +117,15 @@ class Chain:
             log=self.log,
         )
 
-    def assemble(self, blocks: int) -> Path:
+    def assemble(self, blocks: int, *, storage: str = "", precision: str = "model") -> Path:
         stages.assemble(
             source=self.path("source.json"),
             outline=self.path("outline.json"),
             factors=[self.path(f"refined{block}") for block in range(blocks)],
             checksums=self.path("model/SHA256SUMS"),
             record=self.path("assemble.json"),
-            storage=self.storage,
+            storage=storage or self.storage,
+            precision=precision,
             details={},
             log=self.log,
         )
@@ -175,6 +176,39 @@ def test_stages_end_to_end(chain: Callable[..., Chain], name: str, storage: str)
         before = json.loads(Path(run.path(f"refine{block}.json")).read_text())["before"]
         after = json.loads(Path(run.path(f"propagate{block}.json")).read_text())["after"]
         assert 0 < after["mse"] <= before["mse"]
+
+
+@pytest.mark.parametrize(
+    ("storage", "precision", "allowed"),
+    [
+        ("factors", "int8", 0.15),
+        ("pivoted", "int8", 0.15),
+        ("remapped", "model", 0.2),
+        ("pivoted", "bfloat16", 0.05),
+    ],
+)
+def test_rounded_formats_stay_close(
+    chain: Callable[..., Chain], storage: str, precision: str, allowed: float
+) -> None:
+    """Rounding comes after refinement: the logits stay near those of the unrounded checkpoint."""
+    run = chain("llama", storage)
+    blocks = run.original()
+    for block in range(blocks):
+        run.solve(block)
+        run.refine(block)
+        run.propagate(block)
+    expected = AutoModelForCausalLM.from_pretrained(
+        run.assemble(blocks, storage="factors"), dtype=torch.float32
+    )
+    found = AutoModelForCausalLM.from_pretrained(
+        run.assemble(blocks, precision=precision), dtype=torch.float32
+    )
+    stored = json.loads((run.folder / "model" / "config.json").read_text())
+    assert stored["dtype"] == ("bfloat16" if precision == "bfloat16" else "float32")
+    assert stored["quantization_config"]["storage"] == storage + ("-int8" if precision == "int8" else "")
+    with torch.no_grad():
+        exact, logits = expected(random_tokens(3)).logits, found(random_tokens(3)).logits
+    assert 0 < ((logits - exact).norm() / exact.norm()).item() < allowed
 
 
 def test_refinement_that_makes_a_block_worse_is_not_kept(chain: Callable[..., Chain]) -> None:

@@ -107,11 +107,16 @@ rule assemble:
     log:
         "logs/{model}/{calibration}/{compression}/assemble.log",
     params:
-        storage=lambda w: run_of(w).settings["compression"]["storage"],
+        settings=settings_of("compression"),
         details=lambda w: params.compression_ingredients(config, run_of(w)),
     run:
         stages().assemble(
-            **input, **output, storage=params.storage, details=params.details, log=log[0]
+            **input,
+            **output,
+            storage=params.settings["storage"],
+            precision=params.settings["precision"],
+            details=params.details,
+            log=log[0],
         )
 
 
