@@ -32,7 +32,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from aasvd.artifacts import DamagedArtifactError, digest, remake_command
+from aasvd.artifacts import DamagedArtifactError, digest, remake_command, replacing
 from aasvd.formats import FORMATS, replace_linears
 from aasvd.lowrank import CompressedLinear
 from aasvd.weights import TYPE_NAMES, StoredTensor, stored_tensors, weight_files, write_safetensors
@@ -159,6 +159,7 @@ class AasvdQuantizer(HfQuantizer):
             _check_stored(key, expected[key], stored[key])
             if _module(key) in ranks:
                 _check_overhead(key, stored[key], FORMATS[self.quantization_config.storage])
+        _check_digests(folder, [Path(file) for file in checkpoint_files])
         return model
 
     def is_serializable(self) -> bool:
@@ -298,6 +299,17 @@ def write(
         (staging / CHECKSUMS).write_text("".join(lines))
 
 
+def add_file(folder: Path, name: str, text: str) -> None:
+    """Add a text file to a checkpoint and to its SHA256SUMS; links to files elsewhere are replaced."""
+    with replacing(folder / name) as temporary:
+        temporary.write_text(text)
+    lines = (folder / CHECKSUMS).read_text().splitlines(keepends=True)
+    kept = [line for line in lines if line.rstrip("\n").partition("  ")[2] != name]
+    kept.append(f"{digest(folder / name)}  {name}\n")
+    with replacing(folder / CHECKSUMS) as temporary:
+        temporary.write_text("".join(sorted(kept, key=lambda line: line.partition("  ")[2])))
+
+
 def verify(folder: Path) -> None:
     """Compare a checkpoint's files with its SHA256SUMS.
 
@@ -380,6 +392,24 @@ def _check_stored(name: str, expected: Tensor, stored: StoredTensor) -> None:
         raise ValueError(
             f"{stored.file} holds {name} as {stored.dtype}: expected {TYPE_NAMES[expected.dtype]}"
         )
+
+
+def _check_digests(folder: Path, weights: Sequence[Path]) -> None:
+    """Raise ValueError where config.json or weights are not those that a folder's SHA256SUMS lists.
+
+    A folder without the list, such as `save_pretrained` makes, has nothing to compare with.
+    """
+    checksums = folder / CHECKSUMS
+    if not checksums.exists():
+        return
+    lines = [line.partition("  ") for line in checksums.read_text(errors="replace").splitlines()]
+    listed = {name: expected for expected, _, name in lines}
+    for path in (folder / "config.json", *weights):
+        if path.name not in listed or digest(path) != listed[path.name]:
+            raise ValueError(
+                f"{path} is damaged or was changed: it is not the file that {CHECKSUMS} lists. "
+                f"Get the folder again, or remove {CHECKSUMS} if the change is meant"
+            )
 
 
 def _check_overhead(name: str, stored: StoredTensor, layer: type[CompressedLinear]) -> None:

@@ -653,6 +653,7 @@ def publish(
     table: str,
     figure: str,
     run: params.Run,
+    base: Mapping[str, Any],
     keys: Mapping[str, Any],
     log: str,
 ) -> None:
@@ -660,7 +661,8 @@ def publish(
     with _stage(f"publish {run.name}", log=Path(log), record=None, advice=_PASSES):
         folder = Path(checksums).parent
         checkpoint.verify(folder)
-        shapes = read_json(Path(outline))["linears"]
+        described = read_json(Path(outline))
+        shapes = described["linears"]
         stored = checkpoint.counts(folder, list(shapes))
         before = sum(rows * columns for rows, columns in shapes.values())
         made = [read_json(Path(record)) for record in records]
@@ -698,6 +700,9 @@ def publish(
         report.write_distortion(made, output=Path(figure), run=run.name)
         report.write_table(result, output=Path(table))
         _link_folder(folder, Path(model))
+        ranks = json.loads((folder / "config.json").read_text())["quantization_config"]["ranks"]
+        card = report.model_card(result, base=base, shapes=shapes, ranks=ranks, path=described["path"])
+        checkpoint.add_file(Path(model), "README.md", card)
         # Last and whole, because its keys say whether all of the above is up to date.
         with replacing(Path(evaluation)) as temporary:
             temporary.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")

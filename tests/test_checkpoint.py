@@ -555,6 +555,21 @@ def test_verify_names_the_damage(llama: Written, tmp_path: Path) -> None:
         checkpoint.verify(llama.folder)
 
 
+def test_added_file_is_listed_and_links_stay_as_they_were(llama: Written, tmp_path: Path) -> None:
+    published = tmp_path / "published"
+    published.mkdir()
+    for file in llama.folder.iterdir():
+        (published / file.name).hardlink_to(file)
+    before = (llama.folder / "SHA256SUMS").read_text()
+    for text in ("first", "second"):
+        checkpoint.add_file(published, "README.md", text)
+    assert (published / "README.md").read_text() == "second"
+    assert (published / "SHA256SUMS").read_text().count("README.md") == 1
+    checkpoint.verify(published)
+    assert (llama.folder / "SHA256SUMS").read_text() == before
+    load(published)
+
+
 def test_failed_write_leaves_the_former_checkpoint(llama: Written) -> None:
     before = files(llama.folder)
 

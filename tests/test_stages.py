@@ -182,7 +182,7 @@ def test_stages_end_to_end(chain: Callable[..., Chain], name: str, storage: str)
     ("storage", "precision", "allowed"),
     [
         ("factors", "int8", 0.15),
-        ("pivoted", "int8", 0.15),
+        ("pivoted", "int8", 0.25),
         ("remapped", "model", 0.2),
         ("pivoted", "bfloat16", 0.05),
     ],
