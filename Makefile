@@ -34,8 +34,8 @@ check: $(BIN)/.installed-test ## format, lint and types only
 	ruff check --fix aasvd tests
 	mypy
 
-bench: $(BIN)/.installed ## seconds per stage and block, fixed cost per job, GFLOP/s, memory
-	python -m aasvd.bench
+bench: $(BIN)/.installed ## seconds per stage and block, fixed cost per job, GFLOP/s, memory; BENCH=paper: only that
+	python -m aasvd.bench $(BENCH)
 
 report: $(BIN)/.installed ## report.html from the finished runs
 	snakemake --report report.html

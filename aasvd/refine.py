@@ -25,6 +25,8 @@ class Recipe(NamedTuple):
 
     Attributes:
         epochs: Passes over the calibration sequences.
+        steps: Most steps taken, however many the epochs have; 0 for no limit. With more sequences than these
+            steps visit, later epochs are left out: other text teaches more than the same text again.
         batch: Sequences per step.
         learning_rate: Peak learning rate of AdamW.
         weight_decay: Decoupled weight decay.
@@ -35,6 +37,7 @@ class Recipe(NamedTuple):
     """
 
     epochs: int
+    steps: int
     batch: int
     learning_rate: float
     weight_decay: float
@@ -81,7 +84,7 @@ def refine(
         on_step: Called with (step, steps, loss) after each step.
 
     Returns:
-        Mean loss of each epoch.
+        Mean loss of each epoch, the last one's over the steps it had.
 
     Raises:
         ValueError: If the loss is not finite.
@@ -95,13 +98,15 @@ def refine(
     )
     per_epoch = math.ceil(len(inputs) / recipe.batch)
     steps = recipe.epochs * per_epoch
-    trace = []
-    for epoch in range(recipe.epochs):
+    if recipe.steps:
+        steps = min(steps, recipe.steps)
+    trace: list[float] = []
+    for start in range(0, steps, per_epoch):
         order = _order(len(inputs), shuffle=recipe.shuffle, generator=generator)
-        total = 0.0
-        for index in range(per_epoch):
-            step = epoch * per_epoch + index
-            sequences = order[index * recipe.batch : (index + 1) * recipe.batch]
+        total, seen = 0.0, 0
+        for step in range(start, min(start + per_epoch, steps)):
+            place = (step - start) * recipe.batch
+            sequences = order[place : place + recipe.batch]
             for group in optimizer.param_groups:
                 group["lr"] = recipe.learning_rate * schedule(step, steps)
             output = working_block(inputs.read(sequences).to(device, dtype), **arguments)
@@ -119,8 +124,9 @@ def refine(
                     "lower refinement.learning_rate"
                 )
             total += value * len(sequences)
+            seen += len(sequences)
             on_step(step + 1, steps, value)
-        trace.append(total / len(inputs))
+        trace.append(total / seen)
     block.requires_grad_(False)
     return trace
 

@@ -411,11 +411,14 @@ def refine_block(
         solved_block = around.compressed(factors, around.dtype)
         measured["before"] = refine.distortion(solved_block, **streams, batch=around.batch)
         block = around.compressed(factors, torch.float32)
-        with around.progress("refine", refinement["epochs"] * len(x)) as bar:
+        visits = refinement["epochs"] * len(x)
+        if refinement["steps"]:
+            visits = min(visits, refinement["steps"] * refinement["batch"])
+        with around.progress("refine", visits) as bar:
 
             def on_step(step: int, steps: int, loss: float) -> None:
                 bar.set_postfix_str(f"loss {loss:.4g}", refresh=False)
-                bar.update(round(refinement["epochs"] * len(x) * step / steps) - bar.n)
+                bar.update(round(visits * step / steps) - bar.n)
 
             measured["losses"] = refine.refine(
                 block,

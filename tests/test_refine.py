@@ -15,7 +15,9 @@ from aasvd.artifacts import Activations
 from aasvd.compress import OBJECTIVES, Stream, capture_block, solve_block
 from aasvd.refine import Recipe, distortion, refine, schedule
 
-RECIPE = Recipe(epochs=6, batch=4, learning_rate=3e-3, weight_decay=0.01, clip=1.0, shuffle=True, loss="mse")
+RECIPE = Recipe(
+    epochs=6, steps=0, batch=4, learning_rate=3e-3, weight_decay=0.01, clip=1.0, shuffle=True, loss="mse"
+)
 EPS32 = torch.finfo(torch.float32).eps
 
 
@@ -150,6 +152,7 @@ def test_steps_are_those_of_adamw_written_by_hand(
     task = affine(tmp_path)
     recipe = Recipe(
         epochs=6,
+        steps=0,
         batch=2,
         learning_rate=0.05,
         weight_decay=weight_decay,
@@ -241,6 +244,19 @@ def test_loss_falls_and_everything_moves(
             assert not torch.equal(tensor, before[name]), name
 
 
+def test_a_limit_on_steps_ends_the_last_epoch_early(task_of: Callable[[str, torch.dtype], Task]) -> None:
+    """The schedule spans the steps that are taken, so a limit at an epoch's end equals fewer epochs."""
+    task = task_of("llama", torch.float32)
+    per_epoch = math.ceil(len(task.inputs) / RECIPE.batch)
+    fewer, trace = task.refine(RECIPE._replace(epochs=2))
+    limited, same_trace = task.refine(RECIPE._replace(steps=2 * per_epoch))
+    assert trace == same_trace
+    assert all(torch.equal(tensor, state(fewer)[name]) for name, tensor in state(limited).items())
+    _, longer = task.refine(RECIPE._replace(steps=2 * per_epoch + 1))
+    assert len(longer) == 3
+    assert len(task.refine(RECIPE._replace(steps=10_000))[1]) == RECIPE.epochs
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_block_is_trained_in_place_and_ends_in_float32_without_gradients(
     task_of: Callable[[str, torch.dtype], Task], dtype: torch.dtype
@@ -270,7 +286,7 @@ def test_updates_below_the_resolution_of_bfloat16_are_not_lost(tmp_path: Path) -
     """Thirty steps of 3e-6 on weights of size one, where bfloat16 knows no number within 4e-3."""
     task = affine(tmp_path, torch.bfloat16)
     recipe = Recipe(
-        epochs=30, batch=5, learning_rate=3e-6, weight_decay=0.0, clip=1e6, shuffle=False, loss="mse"
+        epochs=30, steps=0, batch=5, learning_rate=3e-6, weight_decay=0.0, clip=1e6, shuffle=False, loss="mse"
     )
     before = state(task.block)
     block, trace = task.refine(recipe)
@@ -288,7 +304,7 @@ def test_loss_is_that_of_the_weights_as_they_will_be_used(tmp_path: Path) -> Non
     """The first loss is the bfloat16 block's own, and a later one that of the rounded master weights."""
     task = affine(tmp_path, torch.bfloat16)
     recipe = Recipe(
-        epochs=2, batch=5, learning_rate=0.1, weight_decay=0.0, clip=1.0, shuffle=False, loss="mse"
+        epochs=2, steps=0, batch=5, learning_rate=0.1, weight_decay=0.0, clip=1.0, shuffle=False, loss="mse"
     )
     _, trace = task.refine(recipe)
     assert trace[0] == pytest.approx(task.distortion(task.block)["mse"], rel=100 * EPS32)

@@ -21,6 +21,7 @@ CALIBRATION: dict[str, Any] = {"dtype": "float32", "batch": 2}
 COMPRESSION: dict[str, Any] = {"objective": "anchored", "blend": 0.5, "ridge": 0.0}
 REFINEMENT: dict[str, Any] = {
     "epochs": 1,
+    "steps": 0,
     "batch": 2,
     "learning_rate": 1e-3,
     "weight_decay": 0.01,
