@@ -17,7 +17,7 @@ from aasvd.artifacts import replacing
 
 # Okabe and Ito's palette without its yellow, which is lost on white; dark and light in turn.
 BLUE, VERMILION = "#0072B2", "#D55E00"
-PALETTE = (BLUE, VERMILION, "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9")
+PALETTE = (BLUE, "#E69F00", "#000000", "#CC79A7", VERMILION, "#56B4E9", "#009E73")
 _MARKERS = "osD^vPX"
 _DASHES = ("-", "--", "-.", ":")
 
@@ -75,6 +75,22 @@ def _plot(axes: Any, series: Sequence[Series], *, log: bool) -> None:
         axes.set_yscale("log")
 
 
+def _legend_below(figure: Figure, axes: Any) -> None:
+    """Name the series below the panels, where the legend covers nothing."""
+    handles, labels = axes.get_legend_handles_labels()
+    if handles:
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), fontsize=8)
+
+
+def _dense_line(axes: Any, value: float, label: str, colour: str) -> None:
+    """Draw the dense model's number as a line across, with its name on it."""
+    axes.axhline(value, color=colour, linestyle=":", linewidth=1)
+    axes.annotate(
+        label, (0.99, value), xycoords=("axes fraction", "data"), xytext=(0, 2), textcoords="offset points",
+        ha="right", va="bottom", fontsize=8,
+    )  # fmt: skip
+
+
 def depth(
     series: Sequence[Series], perplexity: Mapping[str, float], *, dense: float | None, text: str, title: str,
     outputs: Sequence[Path],
@@ -109,9 +125,9 @@ def depth(
         right.set_yticks(range(len(shown)), [label for _, label in shown])
         right.set_ylim(len(shown) - 0.5, -0.5)
         _log_axis_of_few_values(right, [*(perplexity[label] for _, label in shown), dense])
-        right.set_xlabel(f"perplexity on {text}, tokens")
+        right.set_xlabel(f"perplexity per token on {text}")
         right.set_title("of the whole model", fontsize=10)
-        left.legend(fontsize=8)
+        _legend_below(figure, left)
         figure.suptitle(title)
 
 
@@ -153,17 +169,15 @@ def sweep(
         _plot(left, perplexity, log=True)
         for number, line in enumerate(perplexity):
             if line.label in dense:
-                left.axhline(
-                    dense[line.label], color=style(number)["color"], linestyle=":", linewidth=1,
-                    label=f"{line.label}, dense",
-                )  # fmt: skip
-        left.set_ylabel("perplexity, tokens")
+                _dense_line(left, dense[line.label], f"{line.label}, dense", style(number)["color"])
+        left.set_ylabel("perplexity per token")
         left.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         left.yaxis.set_minor_formatter(lambda value, _: f"{value:g}")
         if accuracy is not None:
             _plot(right, [accuracy], log=False)
         if dense_accuracy is not None:
-            right.axhline(dense_accuracy, color=BLUE, linestyle=":", linewidth=1, label="dense")
+            _dense_line(right, dense_accuracy, "dense", BLUE)
+        right.margins(y=0.12)  # room for the name of the dense line
         right.set_ylabel(f"accuracy, average over {tasks}, %")
         counts = sorted({x for line in perplexity for x in line.x} | set(accuracy.x if accuracy else ()))
         for axes in (left, right):
@@ -173,7 +187,8 @@ def sweep(
             axes.xaxis.set_minor_formatter(NullFormatter())
             axes.set_xlabel("calibration sequences")
             axes.grid(visible=True, which="major", alpha=0.3)
-            axes.legend(fontsize=8)
+            if axes.get_legend_handles_labels()[0]:
+                axes.legend(fontsize=8)
         figure.suptitle(title)
 
 
@@ -187,5 +202,5 @@ def layers(mse: Sequence[Series], cosine: Sequence[Series], *, title: str, outpu
             _plot(axes, series, log=True)
             blocks_axis(axes)
             axes.set_ylabel(label)
-            axes.legend(fontsize=8)
+        _legend_below(figure, axes)
         figure.suptitle(title)

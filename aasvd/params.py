@@ -26,7 +26,7 @@ DEFAULT = "default"  # the run whose model and ratio are those of params.yaml
 RUN = re.compile(r"(?P<model>.+)_r(?P<ratio>[0-9.]+)(?:_(?P<variant>[A-Za-z0-9-]+))?")
 
 # Raised when a stage's output would change for the same parameters; part of every key below it.
-VERSIONS = {"model": 1, "text": 1, "task": 1, "calibration": 1, "compression": 1, "evaluation": 1}
+VERSIONS = {"model": 1, "text": 1, "task": 1, "calibration": 1, "compression": 1, "evaluation": 2}
 
 # Settings that change how a result is computed, but not which result it is.
 _NOT_IN_KEYS = {"calibration": {"batch", "keep_activations"}, "compression": {"ratio"}}

@@ -1,7 +1,11 @@
 """The paper's targets, failures of single measurements, and DVC: real Snakemake on a tiny model."""
 
 import json
+import math
+import os
 import re
+import signal
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -9,8 +13,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 import workflow_copy
 import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from workflow_copy import BLOCKS, RUN, Copy, finished
 
 from aasvd.artifacts import write_table
@@ -69,11 +75,32 @@ def test_a_running_stage_can_be_watched(finished_copy: Copy, tmp_path: Path) -> 
     while process.poll() is None and not {"loss", "stage_seconds_left"} <= set(status):
         file = copy.path(f"results/{RUN}/progress.json")
         status = json.loads(file.read_text()) if file.exists() else {}
-    process.kill()
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert status["stage"].startswith("refine block")
     assert status["blocks"] == BLOCKS and 1 <= status["block"] <= BLOCKS
     assert 0 < status["done"] <= status["of"]
+
+
+# --- what is measured -------------------------------------------------------------------------------------
+
+
+def test_dense_perplexity_is_that_of_a_plain_computation(finished_copy: Copy) -> None:
+    """The text tokenized whole, windows in order, transformers' own loss."""
+    folder = finished_copy.path(finished_copy.find("sources/models/tiny/*/dense"))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    text = finished_copy.path("inputs/text/test.txt").read_text()
+    ids = AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt").input_ids
+    with torch.inference_mode():
+        losses = [
+            float(model(ids[:, start : start + 32], labels=ids[:, start : start + 32]).loss)
+            for start in range(0, 6 * 32, 32)
+        ]
+    expected = math.exp(sum(losses) / len(losses))
+    found = finished_copy.evaluation("default")["perplexity"]["made-up"]
+    assert found["windows"] == 6
+    assert found["dense"] == pytest.approx(expected, rel=1e-4)
 
 
 # --- failures ---------------------------------------------------------------------------------------------
