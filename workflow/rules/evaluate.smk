@@ -21,7 +21,7 @@ rule perplexity:
     """Measure a model's perplexity on the test split of one text."""
     input:
         model=lambda w: ancient(subject_model(w)),
-        text=lambda w: ancient(str(checked(params.text_file, config, w.text, "test"))),
+        text=lambda w: settled(str(checked(params.text_file, config, w.text, "test"))),
         again=failed(f"{EVALUATION}/{{subject}}/perplexity_{{text}}-{{key}}.json"),
     output:
         f"{EVALUATION}/{{subject}}/perplexity_{{text}}-{{key}}.json",
@@ -46,7 +46,7 @@ rule accuracy:
     """Measure a model's zero-shot accuracy on one lm-eval task."""
     input:
         model=lambda w: ancient(subject_model(w)),
-        rows=lambda w: ancient(str(checked(params.task_file, config, w.task))),
+        rows=lambda w: settled(str(checked(params.task_file, config, w.task))),
         again=failed(f"{EVALUATION}/{{subject}}/accuracy_{{task}}-{{key}}.json"),
     output:
         f"{EVALUATION}/{{subject}}/accuracy_{{task}}-{{key}}.json",

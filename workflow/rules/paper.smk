@@ -231,7 +231,7 @@ rule paper_budget:
     """Write the table of memory budgets in GB for a context length, each with the ratio that fits it."""
     input:
         needed=lambda w: made([entry["run"] for entry in budget_plan(w) if entry["run"]]),
-        measured=lambda w: [ancient(entry["measured"]) for entry in budget_plan(w) if entry["run"]],
+        measured=lambda w: [settled(entry["measured"]) for entry in budget_plan(w) if entry["run"]],
         runs="results/runs.parquet",
     output:
         report(

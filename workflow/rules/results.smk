@@ -3,7 +3,7 @@ def measurements(folder):
 
     def files(wildcards):
         paths = paths_of(wildcards)
-        return [ancient(f"{getattr(paths, folder)}/{name}") for name in paths.measurements()]
+        return [settled(f"{getattr(paths, folder)}/{name}") for name in paths.measurements()]
 
     return files
 

@@ -21,6 +21,14 @@ def failed(pattern):
     return again
 
 
+def settled(file):
+    """An input whose age does not matter, unless it holds a failure: then what makes it is tried again.
+
+    What read the failure has to follow, and Snakemake looks at no job by itself that lies behind one it runs.
+    """
+    return file if params.failure_file(file).exists() else ancient(file)
+
+
 def status_files(wildcards):
     """The progress.json of each asked-for run that a job works for; in a cluster's job, of the listed runs."""
     names = REQUESTED or config["runs"]
