@@ -241,7 +241,7 @@ def breakdown(*, runs: str, model: str, ratios: Sequence[float], outputs: Sequen
         value = run.value(metric, side)
         if metric.startswith("acc"):
             return percent(value, run.value(metric, "stderr") if side == "value" else None)
-        if metric.startswith("parameters"):
+        if metric.startswith(("parameters", "stored")):
             return "–" if value is None else f"{value:,.0f}"
         return number(value)
 
@@ -249,7 +249,7 @@ def breakdown(*, runs: str, model: str, ratios: Sequence[float], outputs: Sequen
     head = ["", "dense", *(f"{run.ratio:g} {run.label}" for run in found)]
     rows = [["ratio achieved", "1", *(f"{run.facts['achieved_ratio']:.4f}" for run in found)]]
     for metric in metrics:
-        name = f"{metric}, {units[metric]}" if units[metric] in ("s", "MB") else metric
+        name = f"{metric}, {units[metric]}" if units[metric] in ("s", "MB", "bytes") else metric
         dense = cell(best, metric, "dense") if best else "–"
         rows.append([name, dense, *(cell(run, metric, "value") for run in found)])
     texts, tasks = _names(found, "perplexity"), _names(found, "acc")

@@ -103,7 +103,8 @@ def parse_run(config: Config, name: str) -> Run:
             in (0, 1).
     """
     if name == DEFAULT:
-        return Run(name, config["model"], float(config["compression"]["ratio"]), _settings(config, {}))
+        named = f"{config['model']}_r{float(config['compression']['ratio'])}"
+        return parse_run(config, named)._replace(name=name)
     match = RUN.fullmatch(name)
     if match is None:
         raise ValueError(f"run {name!r} must have the form <model>_r<ratio> or <model>_r<ratio>_<variant>")

@@ -18,6 +18,8 @@ COLUMNS = pa.schema(
         ("objective", pa.string()),
         ("allocation", pa.string()),
         ("refined", pa.bool_()),
+        ("storage", pa.string()),
+        ("precision", pa.string()),
         ("ratio", pa.float64()),
         ("achieved_ratio", pa.float64()),
         ("compression_key", pa.string()),
@@ -158,6 +160,8 @@ def rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
         "objective": result["objective"],
         "allocation": result.get("allocation"),
         "refined": result["refined"],
+        "storage": result["storage"],
+        "precision": result["precision"],
         "ratio": result["ratio"]["target"],
         "achieved_ratio": result["ratio"]["achieved"],
         "compression_key": result["provenance"]["keys"]["compression"],
@@ -182,6 +186,8 @@ def rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     linears = counts["linears"]
     metrics["parameters"] = (counts["compressed"], counts["dense"], None, None, "")
     metrics["parameters of linears"] = (linears["compressed"], linears["dense"], None, None, "")
+    stored = result["bytes"]
+    metrics["stored size"] = (stored["compressed"], stored["dense"], None, None, "bytes")
     metrics["seconds"] = (sum(result["seconds"].values()), None, None, None, "s")
     metrics["peak memory"] = (result["peak_memory_mb"], None, None, None, "MB")
     return [

@@ -1,13 +1,15 @@
 """What earlier runs left undone, and where this one is."""
 
+import time
+
 REQUESTED = set()  # names of the runs that are asked for, as input functions meet them
 
 
 def marker(name):
-    """An input that makes what exists be made anew: for that it has to exist, and to be newer."""
+    """An input that makes what exists be made anew: for that it has to exist, to be newer, and to be another."""
     file = pathlib.Path(ARTIFACTS) / "outdated" / name
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.touch()
+    file.write_text(str(time.time_ns()))
     return str(file)
 
 
