@@ -109,7 +109,9 @@ def model_card(
     table = "\n".join(
         f"| {kind} | {shape} | {_span(found)} | {len(found)} |" for (kind, shape), found in kinds.items()
     )
-    scores = "\n".join(f"| {what} | {dense} | {compressed} |" for what, dense, compressed in _rows(result))
+    scores = "\n".join(
+        f"| {what} | {dense} | {compressed} |" for what, dense, compressed in _table(result).rows
+    )
     source = ", ".join(f"{key} {value}" for key, value in base.items())
     ratio = result["ratio"]
     return f"""---
