@@ -372,6 +372,8 @@ def calibration(
         for run in of(read_runs(runs), models=[model], ratios=[ratio])
         if run.facts["variant"] in sequences
     ]
+    if not found:
+        raise ValueError(f"no finished run of {model} at ratio {ratio:g} belongs to the sweep of sequences")
     found.sort(key=lambda run: sequences[run.facts["variant"]])
     texts, best = _names(found, "perplexity"), _best_known(found)
 

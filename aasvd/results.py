@@ -1,13 +1,16 @@
 """What runs measured: a run's numbers side by side with the dense model's, and all runs as one table."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import logging
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as pa
 
 from aasvd.artifacts import read_json
+
+_logger = logging.getLogger(__name__)
 
 COLUMNS = pa.schema(
     [
@@ -198,7 +201,13 @@ def rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def table(files: Sequence[Path]) -> pa.Table:
-    """Return all runs as one table, a row per run and metric, from their eval.json files."""
-    found = [row for file in sorted(files) for row in rows(json.loads(file.read_text()))]
+def table(folder: Path = Path("results")) -> pa.Table:
+    """Return all runs published in a folder as one table, a row per run and metric."""
+    found = []
+    for file in sorted(folder.glob("*/eval.json")):
+        result = json.loads(file.read_text())
+        if "average" in result:
+            found += rows(result)
+        else:
+            _logger.warning("%s was written by an earlier version and is left out", file)
     return pa.Table.from_pylist(found, schema=COLUMNS)

@@ -854,15 +854,17 @@ def publish(
         tqdm.write(report.summary(result, model=model))
 
 
-def collect(*, runs: Sequence[str], output: str, log: str) -> None:
+def collect(*, output: str, log: str) -> None:
     """Gather all finished runs in one table."""
     with _stage("collect runs", log=Path(log), record=None, advice=_PASSES):
-        write_table(Path(output), results.table([Path(run) for run in runs]))
+        write_table(Path(output), results.table())
 
 
 def present(*, name: str, log: str, **arguments: Any) -> None:
     """Write one of the paper's tables or figures: the function of this name in `aasvd.paper`."""
     with _stage(f"paper {name}", log=Path(log), record=None, advice=_PASSES):
+        if "runs" in arguments:
+            write_table(Path(arguments["runs"]), results.table())
         getattr(paper, name)(**arguments)
 
 

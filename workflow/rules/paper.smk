@@ -1,5 +1,6 @@
 """The paper's tables and figures, each a target of its own under results/paper/ (docs/evaluation.md)."""
 
+RUNS = "results/runs.parquet"  # tables and figures gather it anew before they read it
 TABLES = r"main|pruning|breakdown|models|ablation"
 SWEEP = {"calibration": ["sequences"]}
 ABLATION = {"compression": ["objective", "blend", "ridge", "allocation"], "refinement": ["epochs"]}
@@ -38,10 +39,20 @@ def table_runs(wildcards):
     return made(names + [f"{name}_{v}" for name in names for v in variants(ABLATION) if wildcards.table == "ablation"])
 
 
-def finished_runs(wildcards):
-    """All runs that are published or asked for."""
-    published = [file.parent.name for file in pathlib.Path("results").glob("*/eval.json")]
-    return [f"results/{name}/eval.json" for name in sorted({*published, *REQUESTED})]
+def unseen(pattern):
+    """An input function that gives a marker where a run was published after a file of this pattern was written.
+
+    Published runs are no inputs: a run of other parameters than today's would be made anew.
+    """
+
+    def newer(wildcards):
+        written = pathlib.Path(pattern.format(**wildcards))
+        if not written.exists():
+            return []
+        times = [file.stat().st_mtime_ns for file in pathlib.Path("results").glob("*/eval.json")]
+        return [marker(written)] if max(times, default=0) > written.stat().st_mtime_ns else []
+
+    return newer
 
 
 def table_arguments(wildcards):
@@ -56,20 +67,20 @@ def table_arguments(wildcards):
 rule collect_runs:
     """Gather all finished runs in one table: a row per run and metric."""
     input:
-        finished_runs,
+        unseen("results/runs.parquet"),
     output:
         "results/runs.parquet",
     log:
         "logs/paper/runs.log",
     run:
-        stages(wildcards).collect(runs=input, output=output[0], log=log[0])
+        stages(wildcards).collect(output=output[0], log=log[0])
 
 
 rule paper_table:
     """Write one table: main, pruning, breakdown, ablation (of one model) or models (several, joined by +)."""
     input:
         needed=table_runs,
-        runs="results/runs.parquet",
+        unseen=unseen("results/paper/{table}/{names}_r{ratios}.html"),
     output:
         report(
             "results/paper/{table}/{names}_r{ratios}.html",
@@ -84,14 +95,14 @@ rule paper_table:
     params:
         arguments=table_arguments,
     run:
-        stages(wildcards).present(**params.arguments, runs=input.runs, outputs=output, log=log[0])
+        stages(wildcards).present(**params.arguments, runs=RUNS, outputs=output, log=log[0])
 
 
 rule figure_depth:
     """Draw the distortion of block outputs over depth, for every finished run of a model at a ratio."""
     input:
         needed=lambda w: made([f"{w.model}_r{w.ratio}"]),
-        runs="results/runs.parquet",
+        unseen=unseen("results/paper/depth/{model}_r{ratio}.png"),
     output:
         report(
             "results/paper/depth/{model}_r{ratio}.png",
@@ -105,7 +116,7 @@ rule figure_depth:
     run:
         stages(wildcards).present(
             name="depth",
-            runs=input.runs,
+            runs=RUNS,
             model=wildcards.model,
             ratio=float(wildcards.ratio),
             outputs=output,
@@ -122,7 +133,7 @@ rule figure_calibration:
     """Draw the effect of the calibration set's size: the sweep over the variants that change nothing else."""
     input:
         needed=lambda w: made([f"{w.model}_r{w.ratio}_{variant}" for variant in variants(SWEEP)]),
-        runs="results/runs.parquet",
+        unseen=unseen("results/paper/calibration/{model}_r{ratio}.png"),
     output:
         report(
             "results/paper/calibration/{model}_r{ratio}.png",
@@ -138,7 +149,7 @@ rule figure_calibration:
     run:
         stages(wildcards).present(
             name="calibration",
-            runs=input.runs,
+            runs=RUNS,
             model=wildcards.model,
             ratio=float(wildcards.ratio),
             sequences=params.sequences,
@@ -232,7 +243,7 @@ rule paper_budget:
     input:
         needed=lambda w: made([entry["run"] for entry in budget_plan(w) if entry["run"]]),
         measured=lambda w: [settled(entry["measured"]) for entry in budget_plan(w) if entry["run"]],
-        runs="results/runs.parquet",
+        unseen=unseen("results/paper/budget/{model}_{gigabytes}GB_{context}.html"),
     output:
         report(
             "results/paper/budget/{model}_{gigabytes}GB_{context}.html",
@@ -249,7 +260,7 @@ rule paper_budget:
     run:
         stages(wildcards).present(
             name="budget",
-            runs=input.runs,
+            runs=RUNS,
             model=wildcards.model,
             context=int(wildcards.context),
             plan=params.plan,
