@@ -12,11 +12,13 @@ report: "workflow/report/workflow.rst"
 
 
 include: "workflow/rules/common.smk"
+include: "workflow/rules/state.smk"
 include: "workflow/rules/sources.smk"
 include: "workflow/rules/original.smk"
 include: "workflow/rules/compress.smk"
 include: "workflow/rules/evaluate.smk"
 include: "workflow/rules/results.smk"
+include: "workflow/rules/paper.smk"
 include: "workflow/rules/phases.smk"
 
 

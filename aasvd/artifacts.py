@@ -21,6 +21,8 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from aasvd.params import failure_file
+
 _SAFETENSORS_NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -96,6 +98,16 @@ def write_json(path: Path, value: object) -> None:
     """Write a JSON artifact with sorted keys; NaN is refused since JSON has none."""
     with publishing(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n")
+
+
+def mark_failure(path: Path, error: str | None) -> None:
+    """Leave beside an artifact why it holds no result, or remove what an earlier try left there."""
+    file = failure_file(path)
+    if error is None:
+        file.unlink(missing_ok=True)
+    else:
+        with replacing(file) as temporary:
+            temporary.write_text(error + "\n")
 
 
 def read_json(path: Path) -> Any:

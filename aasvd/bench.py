@@ -14,16 +14,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from aasvd import params
+from aasvd import evaluate, params, stages
 
 REPOSITORY = Path(__file__).parent.parent
 PEER = REPOSITORY.parent / "shared" / "data" / "peer"
@@ -137,6 +137,29 @@ def fixed_cost(repository_config: Mapping[str, Any]) -> dict[str, float]:
     return {"median": statistics.median(gaps), "largest": max(gaps), "jobs": float(len(times))}
 
 
+def forward_share(folder: Path, *, dtype: torch.dtype, window: int = 2048, repeats: int = 3) -> float:
+    """Return the speed of perplexity relative to that of the model's plain forward passes, logits included.
+
+    Both take the same window; processor time, of which other programs' load is no part, and the best of
+    some repeats.
+    """
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, model.config.vocab_size, (1, window), generator=generator)
+
+    def seconds(function: Callable[[], object]) -> float:
+        taken = []
+        for _ in range(repeats + 1):  # the first is slower
+            start = time.process_time()
+            function()
+            taken.append(time.process_time() - start)
+        return min(taken)
+
+    with torch.inference_mode():
+        plain = seconds(lambda: model(ids, use_cache=False).logits)
+    return plain / seconds(lambda: evaluate.perplexity(model, ids, progress="window"))
+
+
 def benchmark(repository_config: Mapping[str, Any], name: str) -> dict[str, Any]:
     """Run one benchmark and return seconds per stage, GFLOP/s of refinement, memory and perplexity."""
     run = "smollm2-135m_r0.6"
@@ -176,6 +199,15 @@ def benchmark(repository_config: Mapping[str, Any], name: str) -> dict[str, Any]
     }
 
 
+def perplexity_share(repository_config: Mapping[str, Any]) -> float:
+    """Return `forward_share` of the dense SmolLM2-135M in the float type that the pipeline chooses."""
+    with workspace() as folder:
+        source = params.model_folder(repository_config, "smollm2-135m") / "source.json"
+        run_workflow(folder, repository_config, [str(source)])
+    dtype = stages.compute_dtype("auto", torch.device("cpu"))
+    return forward_share(REPOSITORY / source.parent / "dense", dtype=dtype)
+
+
 def memory(repository_config: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     """Return every stage's peak memory for the first block at two numbers of sequences."""
     peaks: dict[str, dict[str, float]] = {}
@@ -211,6 +243,7 @@ def table(result: Mapping[str, Any]) -> str:
         f"fixed cost of a stage job: median {cost['median']:.3f} s, largest {cost['largest']:.3f} s, "
         f"over {cost['jobs']:.0f} jobs",
     ]
+    lines.append(f"perplexity: {result['perplexity_share']:.2f} of the speed of plain forward passes")
     for name, found in result["benchmarks"].items():
         lines.append(f"\n{name}: {found['seconds']:.0f} s in all, peak {found['peak_memory_mb']:.0f} MB")
         lines.append(f"  {'stage':<12}{'jobs':>6}{'median s':>10}{'total s':>10}")
@@ -246,6 +279,7 @@ def main() -> None:
             "bfloat16": matrix_gflops(torch.bfloat16),
         },
         "fixed_cost": fixed_cost(config),
+        "perplexity_share": perplexity_share(config),
         "benchmarks": {name: benchmark(config, name) for name in names},
         "memory": memory(config),
     }

@@ -14,19 +14,25 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
-from tqdm import tqdm
 
 from aasvd.artifacts import verify
 from aasvd.calibration import token_ids
+from aasvd.progress import Bar
 from aasvd.sources import TaskDefinition, task_definition
 
-# Elements of the logits that exist at one time; a float32 copy of them takes four times as many bytes.
-_CHUNK_ELEMENTS = 2**24
+# Elements of the logits that exist at one time, and of the float32 copy that the loss is taken of: the one
+# large, since every call of the head has a fixed cost, the other small enough for a processor's cache.
+_CHUNK_ELEMENTS = 2**26
+_LOSS_ELEMENTS = 2**21
 _MAX_LENGTH = 2048
 
 
-class NonFiniteLossError(ValueError):
-    """The model's loss is infinite or not a number; the message names the window."""
+class MeasurementError(ValueError):
+    """A text or task cannot be measured; the message says why. Other measurements are not concerned."""
+
+
+class NonFiniteLossError(MeasurementError):
+    """The model's loss is infinite or not a number; the message counts the windows and names the first."""
 
 
 def windows(text: str, tokenizer: Any, *, window: int, windows: int) -> Tensor:
@@ -42,14 +48,15 @@ def windows(text: str, tokenizer: Any, *, window: int, windows: int) -> Tensor:
         The windows, int64, shape (windows, window).
 
     Raises:
-        ValueError: If the text is shorter than one window, or an argument is out of range.
+        MeasurementError: If the text is shorter than one window.
+        ValueError: If an argument is out of range.
     """
     if window < 2 or windows < 0:
         raise ValueError(f"window {window} and windows {windows}: expected at least 2 and at least 0")
     ids = token_ids(text, tokenizer)
     count = len(ids) // window
     if not count:
-        raise ValueError(f"the text has {len(ids)} tokens, less than one window of {window}")
+        raise MeasurementError(f"the text has {len(ids)} tokens, less than one window of {window}")
     count = min(count, windows or count)
     return ids[: count * window].view(count, window)
 
@@ -70,20 +77,23 @@ def perplexity(model: Any, tokens: Tensor, *, progress: str) -> dict[str, float 
         `perplexity`, `nll` (mean, in nats), `windows` and `tokens` (targets counted).
 
     Raises:
-        NonFiniteLossError: If a window's loss is not finite, or the perplexity exceeds the largest float.
+        NonFiniteLossError: If losses of windows are not finite (published code skips such windows, so that
+            a broken model scores better), or the perplexity exceeds the largest float.
         ValueError: If there is no window, or a window has no target.
     """
     if tokens.ndim != 2 or not len(tokens) or tokens.shape[1] < 2:
         raise ValueError(f"windows of shape {tuple(tokens.shape)}: expected (windows, at least 2 tokens)")
-    total = 0.0
+    total, broken = 0.0, []
     with torch.inference_mode(), _evaluating(model):
-        for number, window in enumerate(tqdm(tokens, desc=progress, unit="window")):
+        for number, window in enumerate(Bar(tokens, desc=progress, unit="window")):
             loss = _window_loss(model, window.to(model.device))
             if not math.isfinite(loss):
-                raise NonFiniteLossError(
-                    f"the loss of window {number} of {len(tokens)} is {loss}: its logits are not finite"
-                )
+                broken.append(number)
             total += loss
+    if broken:
+        raise NonFiniteLossError(
+            f"{len(broken)} of {len(tokens)} windows have a loss that is not finite, first window {broken[0]}"
+        )
     targets = len(tokens) * (tokens.shape[1] - 1)
     nll = total / targets
     if nll > math.log(torch.finfo(torch.float64).max):
@@ -124,11 +134,19 @@ def _window_loss(model: Any, ids: Tensor) -> float:
                 not hold.used
             ):  # an architecture whose forward does not call its decoder: all positions at once
                 logits = logits[: len(targets)]
-            for some in logits.split(positions):
-                target = targets[start : start + len(some)].to(some.device)
-                total += functional.cross_entropy(some.float(), target, reduction="sum").item()
-                start += len(some)
+            total += _summed_loss(logits, targets[start : start + len(logits)].to(logits.device))
+            start += len(logits)
     return total
+
+
+def _summed_loss(logits: Tensor, targets: Tensor) -> float:
+    """Return the summed cross entropy of logits (positions, vocabulary), computed in float32."""
+    rows = max(1, _LOSS_ELEMENTS // logits.shape[1])
+    parts = [
+        functional.cross_entropy(some.float(), target, reduction="sum").double()
+        for some, target in zip(torch.split(logits, rows), torch.split(targets, rows), strict=True)
+    ]
+    return float(torch.stack(parts).sum())
 
 
 class _HeldOutput:
@@ -192,15 +210,18 @@ def accuracy(
         `acc_norm` (by length in bytes) and `acc_norm_stderr`.
 
     Raises:
-        ValueError: If the task is unknown or has no accuracy, or an argument is out of range.
+        SourceError: If the task is unknown.
+        MeasurementError: If the task has no accuracy, or lm-eval cannot run it.
+        ValueError: If an argument is out of range.
         DamagedArtifactError: If `rows` is missing or damaged.
     """
     if limit < 0 or batch_size < 1:
         raise ValueError(f"limit {limit} and batch_size {batch_size}: expected at least 0 and at least 1")
     # Imported here: it takes four seconds, and only evaluation needs it.
     import lm_eval
-    from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
+
+    from aasvd.harness import SharedPrefixLM
 
     definition = task_definition(task)
     if rows is not None:
@@ -209,7 +230,7 @@ def accuracy(
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode(), _evaluating(model):
         path = definition.path if rows is None else _local_task(definition, rows, folder=Path(folder))
         # A copy, because lm-eval gives a tokenizer without padding token one.
-        wrapped = HFLM(
+        wrapped = SharedPrefixLM(
             pretrained=model,
             tokenizer=copy.deepcopy(tokenizer),
             batch_size=batch_size,
@@ -217,14 +238,20 @@ def accuracy(
         )
         # One definition by its path: lm-eval's index of all tasks takes thirteen seconds.
         manager = TaskManager(include_defaults=False)
-        results = lm_eval.simple_evaluate(
-            model=wrapped,
-            tasks=[str(path)],
-            task_manager=manager,
-            num_fewshot=0,
-            limit=limit or None,
-            log_samples=False,
-        )
+        try:
+            results = lm_eval.simple_evaluate(
+                model=wrapped,
+                tasks=[str(path)],
+                task_manager=manager,
+                num_fewshot=0,
+                limit=limit or None,
+                log_samples=False,
+            )
+        # What a task's own code raises where its rows have other columns or it lacks a package.
+        except (ValueError, LookupError, TypeError, OSError, ImportError) as error:
+            raise MeasurementError(
+                f"lm-eval cannot run task {task}: {type(error).__name__}: {error}"
+            ) from error
     return _accuracy_record(results, task=task)
 
 
@@ -254,7 +281,7 @@ def _accuracy_record(results: Mapping[str, Any], *, task: str) -> dict[str, Any]
     found = results["results"][task]
     if "acc,none" not in found:
         metrics = sorted(key.partition(",")[0] for key in found if "," in key and "stderr" not in key)
-        raise ValueError(f"lm-eval task {task} measures {', '.join(metrics)}, not accuracy")
+        raise MeasurementError(f"lm-eval task {task} measures {', '.join(metrics)}, not accuracy")
     record = {
         "acc": float(found["acc,none"]),
         "stderr": float(found["acc_stderr,none"]),

@@ -7,6 +7,7 @@ output of one DVC stage, and those must not overlap.
 """
 
 import copy
+import functools
 import hashlib
 import json
 import re
@@ -21,13 +22,14 @@ Config = Mapping[str, Any]
 
 SCHEMA = Path(__file__).parent.parent / "workflow" / "schemas" / "params.schema.yaml"
 ARTIFACTS = Path("results") / "artifacts"
+DEFAULT = "default"  # the run whose model and ratio are those of params.yaml
 RUN = re.compile(r"(?P<model>.+)_r(?P<ratio>[0-9.]+)(?:_(?P<variant>[A-Za-z0-9-]+))?")
 
 # Raised when a stage's output would change for the same parameters; part of every key below it.
-VERSIONS = {"model": 1, "text": 1, "task": 1, "calibration": 1, "compression": 1, "evaluation": 1}
+VERSIONS = {"model": 1, "text": 1, "task": 1, "calibration": 1, "compression": 1, "evaluation": 2}
 
 # Settings that change how a result is computed, but not which result it is.
-_NOT_IN_KEYS = {"calibration": {"batch", "keep_activations"}, "evaluation": {"batch"}}
+_NOT_IN_KEYS = {"calibration": {"batch", "keep_activations"}, "compression": {"ratio"}}
 _SAMPLES, _SAMPLE_BYTES = 64, 1 << 14
 
 
@@ -59,8 +61,19 @@ def validate(config: Config) -> None:
         place = ".".join(map(str, error.absolute_path)) or "top level"
         raise ValueError(f"params.yaml: {place}: {error.message}")
     for section in [config, *config["variants"].values()]:
+        if "suite" in section.get("evaluation", {}):
+            choose(section["evaluation"]["suite"], config["suites"], "evaluation suite")
         for text in [*_texts(section)]:
             choose(text, config["texts"], "text")
+    for suite in config["suites"].values():
+        for text in suite["texts"]:
+            choose(text, config["texts"], "text")
+    choose(config["model"], config["models"], "model")
+    for name, overrides in config["variants"].items():
+        if "ratio" in overrides.get("compression", {}):
+            raise ValueError(
+                f"params.yaml: variants.{name}.compression.ratio: the ratio is part of a run's name"
+            )
     for name in config["runs"]:
         parse_run(config, name)
 
@@ -68,7 +81,7 @@ def validate(config: Config) -> None:
 def _texts(section: Config) -> Iterable[str]:
     if "text" in section.get("calibration", {}):
         yield section["calibration"]["text"]
-    yield from section.get("evaluation", {}).get("texts", [])
+    yield from section.get("evaluation", {}).get("texts") or []
 
 
 def choose(name: str, registry: Mapping[str, Any], kind: str) -> Any:
@@ -83,12 +96,15 @@ def choose(name: str, registry: Mapping[str, Any], kind: str) -> Any:
 
 
 def parse_run(config: Config, name: str) -> Run:
-    """Return the run of a folder name `<model>_r<ratio>[_<variant>]`.
+    """Return the run of a folder name `<model>_r<ratio>[_<variant>]`, or of the name `default`.
 
     Raises:
         ValueError: If the name has another form, its model or variant is unknown, or its ratio is not
             in (0, 1).
     """
+    if name == DEFAULT:
+        named = f"{config['model']}_r{float(config['compression']['ratio'])}"
+        return parse_run(config, named)._replace(name=name)
     match = RUN.fullmatch(name)
     if match is None:
         raise ValueError(f"run {name!r} must have the form <model>_r<ratio> or <model>_r<ratio>_<variant>")
@@ -119,7 +135,15 @@ def _settings(config: Config, overrides: Config) -> dict[str, Any]:
     settings = {section: copy.deepcopy(config[section]) for section in sections}
     for section, value in overrides.items():
         settings[section] = {**settings[section], **value} if isinstance(value, Mapping) else value
+    settings["evaluation"] = measurements(config, settings["evaluation"])
     return settings
+
+
+def measurements(config: Config, evaluation: Config) -> dict[str, Any]:
+    """Return what is measured and how: an evaluation's suite, with what the evaluation itself says on top."""
+    suite = choose(evaluation["suite"], config["suites"], "evaluation suite")
+    own = {name: value for name, value in evaluation.items() if value is not None}
+    return copy.deepcopy({**suite, **own})
 
 
 def key_of(ingredients: object) -> str:
@@ -162,13 +186,20 @@ def _content(source: Config) -> str | None:
         return None
     path = Path(source["path"])
     files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    if not all(file.is_file() for file in files):
+        return None
+    states = [file.stat() for file in files]
+    names = [str(file.relative_to(path)) if path.is_dir() else "" for file in files]
+    return _digest(path, tuple((n, s.st_size, s.st_mtime_ns) for n, s in zip(names, states, strict=True)))
+
+
+@functools.cache
+def _digest(path: Path, files: tuple[tuple[str, int, int], ...]) -> str:
+    """Return the digest of a file, or of the named files below a folder; keys ask for it many times over."""
     summary = hashlib.sha256()
-    for file in files:
-        if not file.is_file():
-            return None
-        size = file.stat().st_size
-        summary.update(f"{file.relative_to(path) if path.is_dir() else ''}:{size}\n".encode())
-        with file.open("rb") as stream:
+    for name, size, _ in files:
+        summary.update(f"{name}:{size}\n".encode())
+        with (path / name if name else path).open("rb") as stream:
             step = max(_SAMPLE_BYTES, size // _SAMPLES)
             for start in range(0, size, step):
                 stream.seek(start)
@@ -355,11 +386,31 @@ def phase_targets(config: Config, run: Run, phase: str, *, blocks: Callable[[], 
 
 
 def is_published(run: Run, paths: Paths) -> bool:
-    """Return whether the files people look at were made from today's parameters.
+    """Return whether the files people look at were made from today's parameters and lack nothing.
 
-    Their names hold no key, so this compares the keys that eval.json carries with today's.
+    Their names hold no key, so this compares the keys that eval.json carries with today's. A measurement
+    that failed is tried again whenever the run is asked for.
     """
     evaluation = Path("results") / run.name / "eval.json"
     if not evaluation.exists():
         return True  # nothing is out of date: Snakemake makes what is missing
-    return bool(json.loads(evaluation.read_text())["provenance"]["keys"] == paths.publication())
+    published = json.loads(evaluation.read_text())
+    return bool(published["provenance"]["keys"] == paths.publication() and not published.get("errors"))
+
+
+def failure_file(artifact: str | Path) -> Path:
+    """Return the file that, where it exists, says why an artifact holds no result and is tried again."""
+    return Path(f"{artifact}.error")
+
+
+def variants_of(config: Config, allowed: Mapping[str, Iterable[str]]) -> list[str]:
+    """Return the variants that override these keys of these sections, some of them and nothing else."""
+    return [
+        name
+        for name, overrides in config["variants"].items()
+        if overrides
+        and all(
+            section in allowed and isinstance(values, Mapping) and set(values) <= set(allowed[section])
+            for section, values in overrides.items()
+        )
+    ]

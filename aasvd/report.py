@@ -1,77 +1,86 @@
-"""Numbers as people read them: tables and figures. The only module that imports matplotlib."""
+"""One run as people read it: its table and its figure."""
 
-import html
 import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
-
-from aasvd.artifacts import replacing
-
-# Okabe and Ito's palette: distinct in greyscale and to colour-blind readers.
-BLUE, VERMILION = "#0072B2", "#D55E00"
+from aasvd import figures
+from aasvd.figures import BLUE, VERMILION
+from aasvd.tables import Table, number, percent
 
 
-def _rows(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """Return the table of a run as (what, dense, compressed)."""
+def _table(result: Mapping[str, Any]) -> Table:
+    """Return the table of a run: what was measured, dense and compressed."""
     rows = [
-        (f"perplexity {text}", f"{pair['dense']:.2f}", f"{pair['compressed']:.2f}")
+        (f"perplexity {text}", _or_failed(number(pair["dense"])), _or_failed(number(pair["compressed"])))
         for text, pair in result["perplexity"].items()
     ]
     for task, pair in result["accuracy"].items():
-        dense = f"{100 * pair['dense']:.1f} ± {100 * pair['stderr_dense']:.1f} %"
-        rows.append(
-            (f"accuracy {task}", dense, f"{100 * pair['compressed']:.1f} ± {100 * pair['stderr']:.1f} %")
-        )
+        rows.append((f"accuracy {task}", *_accuracies(pair)))
+        if norm := pair.get("acc_norm"):
+            rows.append((f"  by length (acc_norm) {task}", *_accuracies(norm)))
+    mean = result["average"]
+    for metric, label in (("acc", "accuracy, average"), ("acc_norm", "  by length (acc_norm), average")):
+        if metric in mean:
+            pair = mean[metric]
+            rows.append(
+                (
+                    f"{label} over {_count(mean)}",
+                    f"{percent(pair['dense'])} %",
+                    f"{percent(pair['compressed'])} % (drop {percent(pair['drop'])})",
+                )
+            )
     counts = result["parameters"]
     rows.append(("parameters", f"{counts['dense']:,}", f"{counts['compressed']:,}"))
     linears = counts["linears"]
     rows.append(("of these in the blocks' linears", f"{linears['dense']:,}", f"{linears['compressed']:,}"))
-    return rows
+    ratio = result["ratio"]
+    note = (
+        f"{result['method']}, objective {result['objective']}; kept {ratio['achieved']:.4f} of the linears' "
+        f"parameters (asked: {ratio['target']:g})."
+    )
+    failures = [
+        f"{what} failed ({side}): {why}"
+        for what, sides in result["errors"].items()
+        for side, why in sides.items()
+    ]
+    return Table(result["run"], ("", "dense", "compressed"), rows, [note, *failures])
+
+
+def _count(mean: Mapping[str, Any]) -> str:
+    whole = mean["tasks"] == mean["of"]
+    return f"{mean['tasks']} tasks" if whole else f"{mean['tasks']} of {mean['of']} tasks"
+
+
+def _or_failed(cell: str) -> str:
+    return "failed" if cell == "–" else cell
+
+
+def _accuracies(pair: Mapping[str, Any]) -> tuple[str, str]:
+    dense = _or_failed(percent(pair["dense"], pair["stderr_dense"]))
+    compressed = _or_failed(percent(pair["compressed"], pair["stderr"]))
+    return tuple(cell if cell == "failed" else f"{cell} %" for cell in (dense, compressed))  # type: ignore[return-value]
 
 
 def summary(result: Mapping[str, Any], *, model: str) -> str:
     """Return a run's table as text for a terminal."""
-    header = (f"{result['run']}", "dense", "compressed")
-    rows = [header, *_rows(result)]
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    lines = [f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}" for a, b, c in rows]
-    lines.insert(1, "-" * len(lines[0]))
+    table = _table(result)
     ratio = result["ratio"]
-    lines.append(
+    lines = [
+        table._replace(columns=(result["run"], *table.columns[1:])).text(),
         f"kept {ratio['achieved']:.4f} of the linears' parameters (asked: {ratio['target']:g}) in "
-        f"{sum(result['seconds'].values()):.0f} s of stages, with at most {result['peak_memory_mb']:.0f} MB"
-    )
-    lines.append(f"the compressed model lies in {model}")
+        f"{sum(result['seconds'].values()):.0f} s of stages, with at most {result['peak_memory_mb']:.0f} MB",
+        *table.notes[1:],
+        f"the compressed model lies in {model}",
+    ]
     return "\n".join(lines)
 
 
 def write_table(result: Mapping[str, Any], *, output: Path) -> None:
     """Write a run's table as an HTML page of its own."""
-    cells = "\n".join(
-        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in _rows(result)
-    )
-    style = (
-        "body{font:15px/1.5 sans-serif;margin:2em}"
-        "td,th{padding:.3em 1em;text-align:right;border-bottom:1px solid #ddd}"
-        "td:first-child,th:first-child{text-align:left}"
-    )
-    title = html.escape(result["run"])
-    ratio = result["ratio"]
-    page = (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{style}</style>'
-        f"<h1>{title}</h1><p>{html.escape(result['method'])}, "
-        f"objective {html.escape(result['objective'])}; kept "
-        f"{ratio['achieved']:.4f} of the linears' parameters (asked: {ratio['target']:g}).</p>"
-        f"<table><tr><th></th><th>dense</th><th>compressed</th></tr>\n{cells}\n</table></html>\n"
-    )
-    with replacing(output) as temporary:
-        temporary.write_text(page)
+    _table(result).write(output)
 
 
 def model_card(
@@ -100,7 +109,9 @@ def model_card(
     table = "\n".join(
         f"| {kind} | {shape} | {_span(found)} | {len(found)} |" for (kind, shape), found in kinds.items()
     )
-    scores = "\n".join(f"| {what} | {dense} | {compressed} |" for what, dense, compressed in _rows(result))
+    scores = "\n".join(
+        f"| {what} | {dense} | {compressed} |" for what, dense, compressed in _table(result).rows
+    )
     source = ", ".join(f"{key} {value}" for key, value in base.items())
     ratio = result["ratio"]
     return f"""---
@@ -159,9 +170,7 @@ def write_distortion(records: Iterable[Mapping[str, Any]], *, output: Path, run:
     found = list(records)
     before = [record["before"] for record in found if "before" in record]
     after = [record["after"] for record in found if "after" in record]
-    # No date and fixed ids: the same numbers give the same bytes.
-    with mpl.rc_context({"svg.hashsalt": "aasvd", "font.size": 10}):
-        figure = Figure(figsize=(9, 3.6), layout="constrained")
+    with figures.drawing(output, width=9, height=3.6) as figure:
         for axes, metric, label in zip(
             figure.subplots(1, 2),
             ("mse", "cosine"),
@@ -172,15 +181,11 @@ def write_distortion(records: Iterable[Mapping[str, Any]], *, output: Path, run:
                 _line(axes, [entry[metric] for entry in before], colour=VERMILION, marker="o", label="solved")
             finished = "refined" if before else "solved"
             _line(axes, [entry[metric] for entry in after], colour=BLUE, marker="s", label=finished)
-            axes.set_xlabel("block")
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            figures.blocks_axis(axes)
             axes.set_ylabel(label)
             axes.set_yscale("log")
-            axes.grid(visible=True, which="major", alpha=0.3)
             axes.legend()
         figure.suptitle(f"Distortion of block outputs, {run}")
-        with replacing(output) as temporary:
-            figure.savefig(temporary, format="svg", metadata={"Date": None})
 
 
 def _line(axes: Any, values: Sequence[float], *, colour: str, marker: str, label: str) -> None:

@@ -264,6 +264,17 @@ def document_text(table: pa.Table) -> str:
     return "\n\n".join(table["text"].to_pylist())
 
 
+def write_failure(output: Path, error: str) -> None:
+    """Write, in place of a table that could not be fetched, an empty one that says why."""
+    write_table(output, pa.table({}).replace_schema_metadata({"error": error}))
+
+
+def failure(table: pa.Table) -> str | None:
+    """Return why a table could not be fetched, or None where it was."""
+    found = (table.schema.metadata or {}).get(b"error")
+    return None if found is None else str(found.decode())
+
+
 def fetch_text(
     source: Mapping[str, Any], *, name: str, split: str, data_dir: str, output: Path, cache: Path
 ) -> None:

@@ -19,23 +19,41 @@ import shutil
 import subprocess
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from aasvd import blocks, calibration, checkpoint, compress, evaluate, params, refine, report, sources
+from aasvd import (
+    blocks,
+    calibration,
+    checkpoint,
+    compress,
+    evaluate,
+    layers,
+    memory,
+    paper,
+    params,
+    progress,
+    refine,
+    report,
+    results,
+    sources,
+)
 from aasvd.artifacts import (
     Activations,
+    mark_failure,
     read_json,
     read_table,
     read_tensors,
     replacing,
     write_json,
+    write_table,
     write_tensors,
     writing_activations,
 )
@@ -97,6 +115,7 @@ def _measured(name: str, *, log: Path, record: Path | None, advice: str) -> Iter
     _reset_peak_memory()
     try:
         _logger.info("%s: start", name)
+        progress.start(name)
         yield measured
         measured |= {
             "stage": name,
@@ -111,19 +130,24 @@ def _measured(name: str, *, log: Path, record: Path | None, advice: str) -> Iter
             write_json(record, measured)
         _logger.info("%s: done in %.1f s", name, measured["seconds"])
     except torch.OutOfMemoryError as error:
-        _logger.exception("%s failed", name)
+        _failed(name, error)
         raise StageError(
             f"{name}: the device ran out of memory; {advice}. What is finished stays."
         ) from error
     except (ValueError, OSError) as error:
-        _logger.exception("%s failed", name)
+        _failed(name, error)
         raise StageError(f"{name}: {error}") from error
-    except Exception:
-        _logger.exception("%s failed", name)
+    except Exception as error:
+        _failed(name, error)
         raise
     finally:
         package.removeHandler(handler)
         handler.close()
+
+
+def _failed(name: str, error: Exception) -> None:
+    _logger.exception("%s failed", name)
+    progress.report(now=True, state="failed", error=str(error))
 
 
 _PASSES = "lower calibration.batch in params.yaml (it changes no result's identity)"
@@ -208,15 +232,38 @@ def fetch_text(
 ) -> None:
     """Fetch one split of a text."""
     with _stage(f"fetch text {name}", log=Path(log), record=None, advice=_PASSES):
-        sources.fetch_text(
-            source, name=name, split=split, data_dir=data_dir, output=Path(output), cache=Path(cache)
+        fetch = functools.partial(
+            sources.fetch_text, source, name=name, split=split, data_dir=data_dir, cache=Path(cache)
         )
+        # Calibration cannot do without its text; a text that only perplexity is taken on fails alone.
+        if split == "test":
+            _fetch(f"text {name}", Path(output), fetch)
+        else:
+            fetch(output=Path(output))
 
 
 def fetch_task(*, task: str, data_dir: str, output: str, cache: str, log: str) -> None:
     """Fetch the rows of a zero-shot task."""
     with _stage(f"fetch task {task}", log=Path(log), record=None, advice=_PASSES):
-        sources.fetch_task(task, data_dir=data_dir, output=Path(output), cache=Path(cache))
+        fetch = functools.partial(sources.fetch_task, task, data_dir=data_dir, cache=Path(cache))
+        _fetch(f"task {task}", Path(output), fetch)
+
+
+def _fetch(name: str, output: Path, fetch: Callable[..., None]) -> None:
+    """Fetch what one measurement reads, or write down why that failed: other measurements go on."""
+    error = None
+    try:
+        fetch(output=output)
+    except sources.SourceError as reason:
+        error = str(reason)
+        _report_failure(f"fetch {name}", error)
+        sources.write_failure(output, error)
+    mark_failure(output, error)
+
+
+def _report_failure(what: str, error: str) -> None:
+    _logger.warning("%s failed: %s", what, error)
+    tqdm.write(f"{what}: {error}\n    (only this failed; the next run tries it again)")
 
 
 # --- original side ---------------------------------------------------------------------------------------
@@ -260,8 +307,9 @@ class _Block:
     """One block's surroundings: model, arguments, groups, device and float type, for one stage."""
 
     def __init__(
-        self, source: str, index: int, settings: Mapping[str, Any], *, tokens: int, width: int
+        self, source: str, index: int, settings: Mapping[str, Any], *, record: str, inputs: Activations
     ) -> None:
+        _, tokens, width = inputs.shape
         self.source, self.index, self.batch = blocks.Source(Path(source)), index, settings["batch"]
         self.parts = blocks.skeleton(self.source.folder)
         self.device = compute_device()
@@ -269,7 +317,12 @@ class _Block:
         arguments = blocks.forward_arguments(self.parts, tokens=tokens, device=self.device, dtype=self.dtype)
         self.arguments = arguments[index]
         self.groups = blocks.groups(self.parts, index, arguments=self.arguments, width=width, tokens=tokens)
-        self.label = f"block {index + 1} of {len(self.parts.blocks)}"
+        self.count = len(self.parts.blocks)
+        self.label = f"block {index + 1} of {self.count}"
+        # Of this phase, capture or compression: the records of both lie in a folder per block.
+        self.folder = Path(record).parent
+        left = _seconds_left(self.folder.parent, done=index, count=self.count)
+        progress.report(now=True, block=index + 1, blocks=self.count, blocks_seconds_left=left)
 
     def original(self, dtype: torch.dtype | None = None) -> nn.Module:
         """Load the original block."""
@@ -287,9 +340,11 @@ class _Block:
         block.load_state_dict(dict(tensors), strict=False)
         return block
 
-    def progress(self, label: str, total: int) -> "tqdm[Any]":
+    def bar(self, label: str, total: int) -> progress.Bar:
         """Return a progress bar with time left for this block."""
-        return tqdm(total=total, desc=f"{self.label}: {label}", unit="seq", leave=False, dynamic_ncols=True)
+        return progress.Bar(
+            total=total, desc=f"{self.label}: {label}", unit="seq", leave=False, dynamic_ncols=True
+        )
 
 
 def factored(tensors: Mapping[str, Tensor]) -> list[str]:
@@ -311,8 +366,8 @@ def capture_block(
     """Run one original block: its outputs, and a covariance per group of linears that share an input."""
     with _stage(f"capture block {index}", log=Path(log), record=Path(record), advice=_PASSES):
         hidden = Activations(Path(inputs))
-        around = _Block(source, index, settings, tokens=hidden.shape[1], width=hidden.shape[2])
-        bar = around.progress("capture originals", len(hidden))
+        around = _Block(source, index, settings, record=record, inputs=hidden)
+        bar = around.bar("capture originals", len(hidden))
         with bar, writing_activations(Path(outputs), shape=hidden.shape, dtype=around.dtype) as append:
 
             def on_output(batch: Tensor) -> None:
@@ -353,7 +408,7 @@ def solve_block(
     with _stage(f"solve block {index}", log=Path(log), record=Path(record), advice=_PASSES) as measured:
         objective = compress.objective(compression["objective"], blend=compression["blend"])
         x, x_shifted = Activations(Path(original)), Activations(Path(shifted))
-        around = _Block(source, index, calibration, tokens=x.shape[1], width=x.shape[2])
+        around = _Block(source, index, calibration, record=record, inputs=x)
         packed = read_tensors(Path(covariances), device=around.device)
         unrefined = around.original()
         solution = compress.solve_block(
@@ -374,13 +429,6 @@ def solve_block(
             if numbers.get("directions_dropped"):
                 _logger.warning("%s of block %d: singular covariance, %s", name, index, numbers)
         write_tensors(Path(output), solution.tensors)
-        errors = [
-            numbers["relative_error"] for numbers in solution.report.values() if "relative_error" in numbers
-        ]
-        tqdm.write(
-            f"{around.label}: solved {len(errors)} linears, relative errors "
-            + " ".join(f"{e:.3f}" for e in errors)
-        )
 
 
 def refine_block(
@@ -400,7 +448,7 @@ def refine_block(
     """Refine one solved block, factors and norms together, against the original block's outputs."""
     with _stage(f"refine block {index}", log=Path(log), record=Path(record), advice=_STEPS) as measured:
         x, y = Activations(Path(shifted)), Activations(Path(target))
-        around = _Block(source, index, calibration, tokens=x.shape[1], width=x.shape[2])
+        around = _Block(source, index, calibration, record=record, inputs=x)
         factors = read_tensors(Path(solved), device=around.device)
         streams: dict[str, Any] = {
             "inputs": x,
@@ -414,10 +462,11 @@ def refine_block(
         visits = refinement["epochs"] * len(x)
         if refinement["steps"]:
             visits = min(visits, refinement["steps"] * refinement["batch"])
-        with around.progress("refine", visits) as bar:
+        with around.bar("refine", visits) as bar:
 
             def on_step(step: int, steps: int, loss: float) -> None:
                 bar.set_postfix_str(f"loss {loss:.4g}", refresh=False)
+                progress.report(loss=loss, step=step, steps=steps)
                 bar.update(round(visits * step / steps) - bar.n)
 
             measured["losses"] = refine.refine(
@@ -454,8 +503,9 @@ def propagate(
 ) -> None:
     """Push shifted activations through one compressed block and measure its distortion."""
     with _stage(f"propagate block {index}", log=Path(log), record=Path(record), advice=_PASSES) as measured:
+        start = time.perf_counter()
         x, y = Activations(Path(shifted)), Activations(Path(target))
-        around = _Block(source, index, calibration, tokens=x.shape[1], width=x.shape[2])
+        around = _Block(source, index, calibration, record=record, inputs=x)
         block = around.compressed(read_tensors(Path(factors), device=around.device), around.dtype)
         with writing_activations(Path(output), shape=x.shape, dtype=around.dtype) as append:
             measured["after"] = refine.distortion(
@@ -467,21 +517,40 @@ def propagate(
                 device=around.device,
                 on_output=append,
             )
-        after = measured["after"]
-        left = _seconds_left(Path(output).parents[1], index, len(around.parts.blocks))
-        tqdm.write(
-            f"{around.label}: done, distortion mse {after['mse']:.4g} cosine {after['cosine']:.4g}; "
-            f"about {left / 60:.1f} min left for the other blocks"
-        )
+        seconds = time.perf_counter() - start
+        tqdm.write(_block_line(around, measured["after"], seconds=seconds))
 
 
-def _seconds_left(folder: Path, index: int, count: int) -> float:
-    """Estimate the time that the blocks after this one take, from the records of those before."""
-    done = [folder / f"block_{block:03d}" for block in range(index + 1)]
-    files = [
-        file for block in done for file in (block / "solve.json", block / "refine.json") if file.exists()
-    ]
-    return sum(read_json(file)["seconds"] for file in files) / len(done) * (count - index - 1)
+def _block_line(around: _Block, after: Mapping[str, float], *, seconds: float) -> str:
+    """Return what a finished block's records say, on one line."""
+    files = [around.folder / f"{stage}.json" for stage in ("solve", "refine")]
+    made = [read_json(file) for file in files if file.exists()]
+    errors = " ".join(
+        f"{name.rpartition('.')[2]} {numbers['relative_error']:.3f}"
+        for record in made
+        for name, numbers in record.get("linears", {}).items()
+        if "relative_error" in numbers
+    )
+    before = next((record["before"] for record in made if "before" in record), None)
+    distortion = ", ".join(
+        f"{metric} " + (f"{before[metric]:.4g} → " if before else "") + f"{after[metric]:.4g}"
+        for metric in ("mse", "cosine")
+    )
+    seconds += sum(record["seconds"] for record in made)
+    peak = max([_peak_memory_mb(), *(record["peak_memory_mb"] for record in made)])
+    left = _seconds_left(around.folder.parent, done=around.index + 1, count=around.count) or 0.0
+    return (
+        f"{around.label}: relative errors {errors}; distortion {distortion}; {seconds:.1f} s, "
+        f"{peak:.0f} MB; about {left / 60:.1f} min left for the other blocks"
+    )
+
+
+def _seconds_left(folder: Path, *, done: int, count: int) -> float | None:
+    """Estimate the time that the blocks which are not done take, from the records of those that are."""
+    records = [file for block in range(done) for file in (folder / f"block_{block:03d}").glob("*.json")]
+    if not records:
+        return None
+    return round(sum(read_json(file)["seconds"] for file in records) / done * (count - done), 1)
 
 
 def assemble(
@@ -596,17 +665,15 @@ def evaluate_perplexity(
     log: str,
 ) -> None:
     """Measure a model's perplexity on one text."""
-    with _stage(
-        "perplexity", log=Path(log), record=Path(output), advice="lower evaluation.window"
-    ) as measured:
+    name = Path(text).parts[-3]
+
+    def measure() -> dict[str, float | int]:
         network, tokenizer = _evaluated_model(_model_folder(model), calibration)
-        table = read_table(Path(text))
-        tokens = evaluate.windows(
-            sources.document_text(table), tokenizer, window=settings["window"], windows=settings["windows"]
-        )
-        measured["measurement"] = evaluate.perplexity(
-            network, tokens, progress=f"perplexity {Path(text).parts[-3]}"
-        )
+        joined = sources.document_text(_evaluated_table(text))
+        tokens = evaluate.windows(joined, tokenizer, window=settings["window"], windows=settings["windows"])
+        return evaluate.perplexity(network, tokens, progress=f"perplexity {name}")
+
+    _measure(f"perplexity {name}", measure, output=output, advice="lower evaluation.window", log=log)
 
 
 def evaluate_accuracy(
@@ -620,11 +687,11 @@ def evaluate_accuracy(
     log: str,
 ) -> None:
     """Measure a model's zero-shot accuracy on one task."""
-    with _stage(
-        f"accuracy {task}", log=Path(log), record=Path(output), advice="lower evaluation.batch"
-    ) as measured:
+
+    def measure() -> dict[str, Any]:
+        _evaluated_table(rows)
         network, tokenizer = _evaluated_model(_model_folder(model), calibration)
-        measured["measurement"] = evaluate.accuracy(
+        return evaluate.accuracy(
             network,
             tokenizer,
             task=task,
@@ -632,6 +699,77 @@ def evaluate_accuracy(
             limit=settings["limit"],
             batch_size=settings["batch"],
         )
+
+    _measure(f"accuracy {task}", measure, output=output, advice="lower evaluation.batch", log=log)
+
+
+def _evaluated_table(file: str) -> pa.Table:
+    """Read what a measurement needs.
+
+    Raises:
+        MeasurementError: If it could not be fetched.
+    """
+    table = read_table(Path(file))
+    if error := sources.failure(table):
+        raise evaluate.MeasurementError(error)
+    return table
+
+
+def _measure(
+    name: str, measure: Callable[[], Mapping[str, Any]], *, output: str, advice: str, log: str
+) -> None:
+    """Write a measurement, or why it failed: others go on, and the next run tries this one again."""
+    with _stage(name, log=Path(log), record=Path(output), advice=advice) as measured:
+        try:
+            measured["measurement"] = measure()
+        except (sources.SourceError, evaluate.MeasurementError) as error:
+            measured["error"] = str(error)
+        except torch.OutOfMemoryError:
+            measured["error"] = f"the device ran out of memory; {advice}"
+        if "error" in measured:
+            _report_failure(name, measured["error"])
+    mark_failure(Path(output), measured.get("error"))
+
+
+def measure_layers(
+    *,
+    source: str,
+    original: str,
+    shifted: str,
+    factors: str,
+    output: str,
+    index: int,
+    calibration: Mapping[str, Any],
+    log: str,
+) -> None:
+    """Measure how far every linear of a finished block is from the original's."""
+    with _stage(f"layers of block {index}", log=Path(log), record=Path(output), advice=_PASSES) as measured:
+        x, x_shifted = Activations(Path(original)), Activations(Path(shifted))
+        around = _Block(source, index, calibration, record=output, inputs=x)
+        measured["layers"] = layers.layer_errors(
+            around.original(),
+            around.compressed(read_tensors(Path(factors), device=around.device), around.dtype),
+            [name for group in around.groups for name in group],
+            inputs=x,
+            shifted=x_shifted,
+            arguments=around.arguments,
+            batch=around.batch,
+            device=around.device,
+        )
+
+
+def measure_memory(
+    *, model: str, context: int, output: str, calibration: Mapping[str, Any], log: str
+) -> None:
+    """Measure the memory that a model needs to read a context and to generate."""
+    dtype = str(compute_dtype(calibration["dtype"], compute_device())).removeprefix("torch.")
+
+    def measure() -> dict[str, Any]:
+        return memory.measure(_model_folder(model), context=context, dtype=dtype)
+
+    _measure(
+        f"memory at {context} tokens", measure, output=output, advice="choose a shorter context", log=log
+    )
 
 
 # --- what people look at ---------------------------------------------------------------------------------
@@ -655,6 +793,7 @@ def publish(
     model: str,
     table: str,
     figure: str,
+    blocks_file: str,
     run: params.Run,
     base: Mapping[str, Any],
     keys: Mapping[str, Any],
@@ -669,7 +808,7 @@ def publish(
         stored = checkpoint.counts(folder, list(shapes))
         before = sum(rows * columns for rows, columns in shapes.values())
         made = [read_json(Path(record)) for record in records]
-        measured = [*map(_measurement, dense)], [*map(_measurement, compressed)]
+        measured = map(results.read_measurement, dense), map(results.read_measurement, compressed)
         everything = [*made, *(read_json(Path(file)) for file in [*dense, *compressed])]
         result = {
             "run": run.name,
@@ -678,6 +817,7 @@ def publish(
             "objective": run.settings["compression"]["objective"],
             "storage": run.settings["compression"]["storage"],
             "precision": run.settings["compression"]["precision"],
+            "refined": run.settings["refinement"]["epochs"] > 0,
             "ratio": {"target": run.ratio, "achieved": stored["linears"] / before},
             "parameters": {
                 "dense": blocks.Source(Path(source)).parameter_count(),
@@ -685,8 +825,8 @@ def publish(
                 "linears": {"dense": before, "compressed": stored["linears"]},
             },
             "bytes": {"dense": blocks.Source(Path(source)).byte_count(), "compressed": stored["bytes"]},
-            "perplexity": _side_by_side(*measured, kind="perplexity"),
-            "accuracy": _side_by_side(*measured, kind="accuracy"),
+            **results.side_by_side(*measured),
+            "evaluation": run.settings["evaluation"],
             "seconds": _seconds(everything),
             "peak_memory_mb": max(entry["peak_memory_mb"] for entry in everything),
             "peak_device_memory_mb": max(entry["peak_device_memory_mb"] for entry in everything),
@@ -701,6 +841,8 @@ def publish(
             },
         }
         report.write_distortion(made, output=Path(figure), run=run.name)
+        with replacing(Path(blocks_file)) as temporary:
+            temporary.write_text(json.dumps(results.blocks(made), indent=2, allow_nan=False) + "\n")
         report.write_table(result, output=Path(table))
         _link_folder(folder, Path(model))
         ranks = json.loads((folder / "config.json").read_text())["quantization_config"]["ranks"]
@@ -711,35 +853,22 @@ def publish(
             temporary.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
         if outdated:
             Path(outdated).unlink()
+        progress.report(now=True, state="finished")
         tqdm.write(report.summary(result, model=model))
 
 
-def _measurement(file: str) -> tuple[str, str, dict[str, Any]]:
-    kind, _, rest = Path(file).stem.partition("_")
-    return kind, rest.rpartition("-")[0], read_json(Path(file))["measurement"]
+def collect(*, output: str, log: str) -> None:
+    """Gather all finished runs in one table."""
+    with _stage("collect runs", log=Path(log), record=None, advice=_PASSES):
+        write_table(Path(output), results.table())
 
 
-def _side_by_side(
-    dense: Sequence[tuple[str, str, dict[str, Any]]],
-    compressed: Sequence[tuple[str, str, dict[str, Any]]],
-    *,
-    kind: str,
-) -> dict[str, dict[str, float]]:
-    metric = {"perplexity": "perplexity", "accuracy": "acc"}[kind]
-    pairs: dict[str, dict[str, float]] = {}
-    for (found, name, before), (_, _, after) in zip(dense, compressed, strict=True):
-        if found != kind:
-            continue
-        pairs[name] = {"dense": before[metric], "compressed": after[metric]}
-        if kind == "accuracy":
-            pairs[name] |= {
-                "stderr": after["stderr"],
-                "stderr_dense": before["stderr"],
-                "count": after["count"],
-            }
-        else:
-            pairs[name] |= {"windows": after["windows"]}
-    return pairs
+def present(*, name: str, log: str, **arguments: Any) -> None:
+    """Write one of the paper's tables or figures: the function of this name in `aasvd.paper`."""
+    with _stage(f"paper {name}", log=Path(log), record=None, advice=_PASSES):
+        if "runs" in arguments:
+            write_table(Path(arguments["runs"]), results.table())
+        getattr(paper, name)(**arguments)
 
 
 def _seconds(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:

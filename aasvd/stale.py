@@ -17,16 +17,7 @@ def stale(config: params.Config) -> list[Path]:
     published = [file.parent.name for file in Path("results").glob("*/eval.json")]
     current: set[Path] = set()
     for name in dict.fromkeys([*config["runs"], *published]):
-        match = params.RUN.fullmatch(name)
-        if (
-            match is None
-            or match["model"] not in config["models"]
-            or (match["variant"] or None)
-            not in [
-                None,
-                *config["variants"],
-            ]
-        ):
+        if not _is_run(config, name):
             continue
         run = params.parse_run(config, name)
         paths = params.Paths(config, run)
@@ -43,6 +34,14 @@ def stale(config: params.Config) -> list[Path]:
         *params.ARTIFACTS.glob("evaluation/*/*/*"),
     ]
     return sorted(folder for folder in folders if folder.is_dir() and folder not in current)
+
+
+def _is_run(config: params.Config, name: str) -> bool:
+    """Return whether today's params.yaml knows the model and the variant that a folder's name says."""
+    match = params.RUN.fullmatch(name)
+    if match is None:
+        return name == params.DEFAULT
+    return match["model"] in config["models"] and (match["variant"] or "") in ["", *config["variants"]]
 
 
 def main() -> None:

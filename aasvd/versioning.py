@@ -12,7 +12,7 @@ _logger = logging.getLogger(__name__)
 
 
 def finished_phases(config: params.Config) -> list[str]:
-    """Return the phases of which every file of every run in params.yaml is there."""
+    """Return the phases of which every file of every run in params.yaml is there and holds a result."""
     runs = [params.parse_run(config, name) for name in config["runs"]]
     return [phase for phase in params.PHASES if all(_finished(config, run, phase) for run in runs)]
 
@@ -22,7 +22,7 @@ def _finished(config: params.Config, run: params.Run, phase: str) -> bool:
     if not outline.exists():
         return False
     files = params.phase_targets(config, run, phase, blocks=lambda: params.block_count(str(outline)))
-    return all(Path(file).exists() for file in files)
+    return all(Path(file).exists() and not params.failure_file(file).exists() for file in files)
 
 
 def commit() -> list[str]:

@@ -112,6 +112,11 @@ def test_no_object_of_the_schema_takes_unknown_keys() -> None:
         (["evaluation", "window"], 1, r"evaluation\.window: 1 is less than the minimum of 2"),
         (["evaluation", "texts"], ["nowhere"], r"unknown text 'nowhere'; params\.yaml has .*wikitext2"),
         (["calibration", "text"], "nowhere", r"unknown text 'nowhere'"),
+        (["evaluation", "suite"], "best", r"unknown evaluation suite 'best'; params\.yaml has paper, quick"),
+        (["evaluation", "limit"], -1, r"evaluation\.limit: -1 is"),
+        (["suites", "paper", "texts"], ["nowhere"], r"unknown text 'nowhere'"),
+        (["suites", "small"], {"texts": []}, r"suites\.small: '\w+' is a required property"),
+        (["variants", "wild"], {"evaluation": {"suite": "best"}}, r"unknown evaluation suite 'best'"),
         (["models", "mine"], {"path": "a", "hub": "b"}, r"models\.mine"),
         (["models", "mine"], {"package": "tiny"}, r"models\.mine"),
         (["models", "no/slash"], {"path": "a"}, r"models: 'no/slash' does not match"),
@@ -143,6 +148,76 @@ def test_a_missing_key_is_named(config: Config) -> None:
     del config["refinement"]["clip"]
     with pytest.raises(ValueError, match="refinement: 'clip' is a required property"):
         params.validate(config)
+
+
+# --- the default run --------------------------------------------------------------------------------------
+
+
+def test_the_default_run_takes_model_and_ratio_from_params_and_shares_the_named_runs_artifacts(
+    local: Config,
+) -> None:
+    local["model"], local["compression"]["ratio"] = "mine", 0.5
+    assert where(paths(local, "default")) == where(paths(local, "mine_r0.5"))
+    before = where(paths(local, "mine_r0.6"))
+    local["compression"]["ratio"] = 0.25
+    assert where(paths(local, "mine_r0.6")) == before  # the ratio of other runs is in their names
+    assert where(paths(local, "default")) == where(paths(local, "mine_r0.25"))
+    params.validate(local)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": "nobody"}, r"unknown model 'nobody'"),
+        (
+            {"variants": {"half": {"compression": {"ratio": 0.5}}}},
+            r"variants\.half\.compression\.ratio: .*name",
+        ),
+        ({"runs": ["default_paper"]}, r"runs\.0: 'default_paper' does not match"),
+    ],
+)
+def test_a_mistaken_default_run_is_named(config: Config, change: Config, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        params.validate(config | change)
+
+
+def test_variants_are_found_by_what_they_change(config: Config) -> None:
+    sweep = params.variants_of(config, {"calibration": ["sequences"]})
+    assert [config["variants"][name]["calibration"]["sequences"] for name in sweep] == [
+        16, 32, 64, 128, 256, 512, 1024,
+    ]  # fmt: skip
+    ablation = params.variants_of(config, {"compression": ["objective", "ridge"], "refinement": ["epochs"]})
+    assert {"norefine", "anchored", "shift-norefine"} <= set(ablation)
+    assert not {"paper", "seq16"} & set(ablation)
+
+
+# --- what is measured -------------------------------------------------------------------------------------
+
+
+def test_a_suite_names_what_is_measured_and_evaluation_overrides_it(config: Config) -> None:
+    quick = params.parse_run(config, "smollm2-135m_r0.6").settings["evaluation"]
+    assert quick["tasks"] == ["piqa", "winogrande", "hellaswag"] and quick["limit"] == 100
+    config["evaluation"]["suite"] = "paper"
+    paper = params.parse_run(config, "smollm2-135m_r0.6").settings["evaluation"]
+    assert paper["texts"] == ["wikitext2", "ptb", "c4"]
+    assert paper["windows"] == paper["limit"] == 0 and paper["window"] == 2048
+    assert sorted(paper["tasks"]) == sorted(
+        ["winogrande", "piqa", "arc_easy", "arc_challenge", "openbookqa", "hellaswag", "mathqa"]
+    )
+    config["evaluation"] |= {"limit": 500, "tasks": ["boolq"]}
+    config["variants"]["fast"] = {"evaluation": {"suite": "quick", "windows": 3}}
+    run = params.parse_run(config, "smollm2-135m_r0.6_fast").settings["evaluation"]
+    assert (run["limit"], run["tasks"], run["windows"]) == (500, ["boolq"], 3)
+    assert run["texts"] == ["enwiki100", "lee-news"]
+
+
+def test_a_task_of_a_suite_has_the_artifact_of_the_same_task_asked_for_alone(local: Config) -> None:
+    local["suites"]["mine"] = {"texts": [], "windows": 0, "tasks": ["piqa", "boolq"], "limit": 100}
+    local["evaluation"] |= {"texts": None, "tasks": ["piqa"], "windows": None, "limit": 100}
+    (alone,) = [name for name in paths(local).measurements() if "accuracy" in name]
+    local["evaluation"] |= {"suite": "mine", "tasks": None, "limit": None}
+    assert alone in paths(local).measurements()
+    assert len(paths(local).measurements()) == 2
 
 
 # --- runs -------------------------------------------------------------------------------------------------
@@ -386,7 +461,7 @@ def test_published_files_lie_in_the_outputs_of_their_dvc_stage() -> None:
     outputs = {path for kind in ("outs", "metrics", "plots") for out in stage[kind] for path in out}
     assert outputs == {
         f"results/${{item}}/{name}"
-        for name in ("model", "results.html", "eval.json", "figures/distortion.svg")
+        for name in ("model", "results.html", "eval.json", "figures/distortion.svg", "blocks.json")
     }
 
 

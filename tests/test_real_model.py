@@ -1,16 +1,19 @@
 """The first blocks of the real SmolLM2-135M through the stages, on real text."""
 
 import json
+import math
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from aasvd import calibration, stages
+from aasvd import bench, calibration, stages
 from aasvd.artifacts import Activations
 
 pytestmark = pytest.mark.slow
@@ -156,3 +159,43 @@ def test_refinement_brings_blocks_closer_to_the_original(original: Path, tmp_pat
     for record in compress(original, tmp_path, objective="input_aware", epochs=10):
         assert record["after"]["mse"] < 0.9 * record["before"]["mse"]
         assert record["after"]["cosine"] < record["before"]["cosine"]
+
+
+def test_dense_perplexity_is_that_of_a_plain_computation(original: Path, tmp_path: Path) -> None:
+    """The pipeline's stage against transformers' own loss, in float32."""
+    text = tmp_path / "texts" / "lee-news" / "key" / "test.parquet"
+    stages.fetch_text(
+        source=CONFIG["texts"]["lee-news"],
+        name="lee-news",
+        split="test",
+        data_dir="",
+        output=str(text),
+        cache=str(ROOT / "results" / "downloads"),
+        log=str(tmp_path / "log"),
+    )
+    stages.evaluate_perplexity(
+        model=str(original / "source.json"),
+        text=str(text),
+        output=str(tmp_path / "perplexity.json"),
+        settings={"window": 512, "windows": 2},
+        calibration={"dtype": "float32"},
+        log=str(tmp_path / "log"),
+    )
+    found = json.loads((tmp_path / "perplexity.json").read_text())["measurement"]
+    words = "\n\n".join(pq.read_table(text)["text"].to_pylist())
+    tokenizer = AutoTokenizer.from_pretrained(original / "dense")
+    ids = tokenizer(words, return_tensors="pt").input_ids[0]
+    model = AutoModelForCausalLM.from_pretrained(original / "dense", dtype=torch.float32).eval()
+    with torch.inference_mode():
+        losses = [
+            float(model(window[None], labels=window[None]).loss) for window in ids[: 2 * 512].split(512)
+        ]
+    assert found["perplexity"] == pytest.approx(math.exp(sum(losses) / 2), rel=1e-4)
+    assert (found["windows"], found["tokens"]) == (2, 2 * 511)
+
+
+def test_perplexity_is_nearly_as_fast_as_plain_forward_passes(original: Path) -> None:
+    dtype = stages.compute_dtype("auto", torch.device("cpu"))
+    share = bench.forward_share(original / "dense", dtype=dtype, window=1024, repeats=2)
+    sys.stdout.write(f"perplexity at {share:.2f} of the speed of plain forward passes\n")
+    assert share > 0.7

@@ -23,8 +23,15 @@ RESULT: dict[str, Any] = {
     },
     "perplexity": {"wikitext2": {"dense": 21.239, "compressed": 51.2, "windows": 24}},
     "accuracy": {
-        "piqa": {"dense": 0.684, "compressed": 0.605, "stderr": 0.011, "stderr_dense": 0.0108, "count": 1838}
+        "piqa": {"dense": 0.684, "compressed": 0.605, "stderr": 0.011, "stderr_dense": 0.0108, "count": 1838},
+        "boolq": {"dense": 0.5, "compressed": None, "stderr": None, "stderr_dense": 0.02, "count": 100},
     },
+    "average": {
+        "tasks": 1,
+        "of": 2,
+        "acc": {"dense": 0.684, "compressed": 0.605, "drop": 0.079, "relative_drop": 0.1155},
+    },
+    "errors": {"accuracy boolq": {"compressed": "no <network>"}},
     "seconds": {"solve": 10.0, "refine": 32.4},
     "peak_memory_mb": 812.3,
 }
@@ -90,6 +97,8 @@ class _Cells(HTMLParser):
 EXPECTED = [
     ["perplexity wikitext2", "21.24", "51.20"],
     ["accuracy piqa", "68.4 ± 1.1 %", "60.5 ± 1.1 %"],
+    ["accuracy boolq", "50.0 ± 2.0 %", "failed"],
+    ["accuracy, average over 1 of 2 tasks", "68.4 %", "60.5 % (drop 7.9)"],
     ["parameters", "1,234,567", "765,432"],
     ["of these in the blocks' linears", "1,000,000", "598,710"],
 ]
@@ -97,10 +106,11 @@ EXPECTED = [
 
 def test_terminal_table_shows_dense_beside_compressed() -> None:
     lines = report.summary(RESULT, model="results/mine_r0.6/model").splitlines()
-    assert [re.split(r"\s{2,}", line) for line in lines[2:6]] == EXPECTED
+    assert [re.split(r"\s{2,}", line) for line in lines[2:8]] == EXPECTED
     assert lines[0].split() == ["mine_r0.6", "dense", "compressed"]
-    assert "0.5987" in lines[6] and "asked: 0.6" in lines[6] and "42 s" in lines[6] and "812 MB" in lines[6]
-    assert lines[7].endswith("results/mine_r0.6/model")
+    assert "0.5987" in lines[8] and "asked: 0.6" in lines[8] and "42 s" in lines[8] and "812 MB" in lines[8]
+    assert lines[9] == "accuracy boolq failed (compressed): no <network>"
+    assert lines[10].endswith("results/mine_r0.6/model")
 
 
 def test_page_holds_the_same_table_and_escapes_names(tmp_path: Path) -> None:
@@ -110,6 +120,7 @@ def test_page_holds_the_same_table_and_escapes_names(tmp_path: Path) -> None:
     cells.feed(page)
     assert cells.rows == [["", "dense", "compressed"], *EXPECTED]
     assert "a&lt;b" in page and "a<b" not in page
+    assert "no &lt;network&gt;" in page
 
 
 def test_module_prints_finished_runs(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import torch
 from architectures import TINY, tiny_model
@@ -13,8 +14,16 @@ from safetensors.torch import load_file
 from stored import TOKENS, random_tokens
 from transformers import AutoModelForCausalLM
 
-from aasvd import calibration, checkpoint, stages
-from aasvd.artifacts import DamagedArtifactError, read_tensors, verify
+from aasvd import calibration, checkpoint, evaluate, sources, stages
+from aasvd.artifacts import (
+    DamagedArtifactError,
+    read_json,
+    read_table,
+    read_tensors,
+    verify,
+    write_table,
+)
+from aasvd.params import failure_file
 
 CPU = torch.device("cpu")
 CALIBRATION: dict[str, Any] = {"dtype": "float32", "batch": 2}
@@ -365,3 +374,82 @@ def test_seconds_are_summed_over_blocks() -> None:
         {"stage": "embed", "seconds": 2.0}
     ]
     assert stages._seconds(records) == {"solve": 4.5, "embed": 2.0}
+
+
+# --- measurements that fail alone -------------------------------------------------------------------------
+
+
+def test_rows_that_cannot_be_fetched_are_an_artifact_that_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "rows.parquet"
+    arguments = {"data_dir": "", "output": str(output), "cache": str(tmp_path), "log": str(tmp_path / "log")}
+    stages.fetch_task(task="piqua", **arguments)
+    assert "'piqua' is not an lm-eval task" in (sources.failure(read_table(output)) or "")
+    assert "'piqua' is not an lm-eval task" in failure_file(output).read_text()
+    monkeypatch.setattr(
+        sources, "fetch_task", lambda task, *, output, **_: write_table(output, pa.table({"goal": [task]}))
+    )
+    stages.fetch_task(task="piqua", **arguments)
+    assert sources.failure(read_table(output)) is None
+    assert not failure_file(output).exists()
+
+
+def test_a_text_that_calibration_needs_fails_its_stage_and_one_for_perplexity_does_not(
+    tmp_path: Path,
+) -> None:
+    for split in ("train", "test"):
+        output = tmp_path / split / "text.parquet"
+        arguments: dict[str, Any] = {
+            "source": {"path": str(tmp_path / "absent.txt")}, "name": "notes", "split": split, "data_dir": "",
+            "output": str(output), "cache": str(tmp_path), "log": str(tmp_path / "log"),
+        }  # fmt: skip
+        if split == "train":
+            with pytest.raises(stages.StageError, match=r"absent\.txt does not exist"):
+                stages.fetch_text(**arguments)
+            assert not output.exists()
+        else:
+            stages.fetch_text(**arguments)
+            assert "does not exist" in failure_file(output).read_text()
+
+
+def test_a_measurement_names_its_failure_and_forgets_it_once_it_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text, output = tmp_path / "texts" / "notes" / "key" / "test.parquet", tmp_path / "perplexity_notes.json"
+    monkeypatch.setattr(stages, "_model_folder", lambda model: tmp_path)
+    monkeypatch.setattr(stages, "_evaluated_model", lambda folder, settings: (None, None))
+    monkeypatch.setattr(evaluate, "windows", lambda text, tokenizer, **_: text)
+    found: list[Any] = [evaluate.NonFiniteLossError("3 of 8 windows"), {"perplexity": 9.0}]
+
+    def perplexity(*_: Any, **__: Any) -> Any:
+        result = found.pop(0)
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    monkeypatch.setattr(evaluate, "perplexity", perplexity)
+    arguments: dict[str, Any] = {
+        "model": "", "text": str(text), "output": str(output), "settings": {"window": 4, "windows": 0},
+        "calibration": CALIBRATION, "log": str(tmp_path / "log"),
+    }  # fmt: skip
+    sources.write_failure(text, "the hub is far")
+    for error in ("the hub is far", "3 of 8 windows", None):
+        stages.evaluate_perplexity(**arguments)
+        record = read_json(output)
+        assert record.get("error") == error
+        assert failure_file(output).exists() == (error is not None)
+        write_table(text, pa.table({"text": ["some words"]}))
+    assert record["measurement"] == {"perplexity": 9.0}
+
+
+def test_a_damaged_text_is_no_failure_of_its_measurement_alone(tmp_path: Path) -> None:
+    text = tmp_path / "texts" / "notes" / "key" / "test.parquet"
+    write_table(text, pa.table({"text": ["some words"]}))
+    text.write_bytes(text.read_bytes()[:-1])
+    with pytest.raises(stages.StageError, match="is damaged"):
+        stages.evaluate_accuracy(
+            model="", rows=str(text), task="piqa", output=str(tmp_path / "a.json"),
+            settings={"limit": 0, "batch": 1}, calibration=CALIBRATION, log=str(tmp_path / "log"),
+        )  # fmt: skip
+    assert not (tmp_path / "a.json").exists()

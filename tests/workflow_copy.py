@@ -23,6 +23,7 @@ BLOCKS, WIDTH, HIDDEN = 3, 32, 48
 RUN = "tiny_r0.6"
 SETTINGS: dict[str, Any] = {
     "data_dir": "inputs",
+    "model": "tiny",
     "runs": [RUN],
     "models": {"tiny": {"path": "inputs/tiny.gguf", "dtype": "float32"}},
     "texts": {"made-up": {"path": "inputs/text"}},

@@ -1,6 +1,5 @@
 """Settings, keys and the few functions that tell rules what they read. Paths come from aasvd.params alone."""
 
-import functools
 import importlib
 import pathlib
 import sys
@@ -38,13 +37,21 @@ def checked(function, *args, **kwargs):
 class Stages:
     """The stages, imported when the first one runs: torch and transformers take seconds."""
 
+    def __init__(self, status_files):
+        self.status_files = status_files
+
     def __getattr__(self, name):
-        return functools.partial(checked, getattr(importlib.import_module("aasvd.stages"), name))
+        def run(**arguments):
+            stage = getattr(importlib.import_module("aasvd.stages"), name)
+            with importlib.import_module("aasvd.progress").watched_by(self.status_files):
+                checked(stage, **arguments)
+
+        return run
 
 
-def stages():
+def stages(wildcards):
     """The functions of aasvd.stages; the traceback of an error is in the stage's log."""
-    return Stages()
+    return Stages(status_files(wildcards))
 
 
 checked(params.validate, config)
@@ -56,6 +63,7 @@ for run in params.named_runs(sys.argv[1:]):
 def run_of(wildcards):
     """The run that a rule's wildcards belong to."""
     if "run" in wildcards.keys():
+        REQUESTED.add(wildcards.run)
         return checked(params.parse_run, config, wildcards.run)
     compression = wildcards.compression if "compression" in wildcards.keys() else None
     return checked(

@@ -34,7 +34,7 @@ rule solve_block:
         ratio=lambda w: run_of(w).ratio,
         settings=lambda w: run_of(w).settings,
     run:
-        stages().solve_block(
+        stages(wildcards).solve_block(
             **input,
             **output,
             index=int(wildcards.block),
@@ -62,7 +62,7 @@ rule refine_block:
     params:
         settings=lambda w: run_of(w).settings,
     run:
-        stages().refine_block(
+        stages(wildcards).refine_block(
             **input,
             **output,
             index=int(wildcards.block),
@@ -90,7 +90,7 @@ rule propagate:
     params:
         settings=settings_of("calibration"),
     run:
-        stages().propagate(
+        stages(wildcards).propagate(
             **input, **output, index=int(wildcards.block), calibration=params.settings, log=log[0]
         )
 
@@ -110,7 +110,7 @@ rule assemble:
         settings=settings_of("compression"),
         details=lambda w: params.compression_ingredients(config, run_of(w)),
     run:
-        stages().assemble(
+        stages(wildcards).assemble(
             **input,
             **output,
             storage=params.settings["storage"],
@@ -129,4 +129,4 @@ rule describe_compression:
     params:
         ingredients=lambda w: params.compression_ingredients(config, run_of(w)),
     run:
-        stages().write_key(ingredients=params.ingredients, output=output[0])
+        stages(wildcards).write_key(ingredients=params.ingredients, output=output[0])

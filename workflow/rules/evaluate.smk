@@ -21,7 +21,8 @@ rule perplexity:
     """Measure a model's perplexity on the test split of one text."""
     input:
         model=lambda w: ancient(subject_model(w)),
-        text=lambda w: ancient(str(checked(params.text_file, config, w.text, "test"))),
+        text=lambda w: settled(str(checked(params.text_file, config, w.text, "test"))),
+        again=failed(f"{EVALUATION}/{{subject}}/perplexity_{{text}}-{{key}}.json"),
     output:
         f"{EVALUATION}/{{subject}}/perplexity_{{text}}-{{key}}.json",
     log:
@@ -31,8 +32,9 @@ rule perplexity:
     params:
         settings=measured_settings("perplexity_{text}-{key}"),
     run:
-        stages().evaluate_perplexity(
-            **input,
+        stages(wildcards).evaluate_perplexity(
+            model=input.model,
+            text=input.text,
             output=output[0],
             settings=params.settings["evaluation"],
             calibration=params.settings["calibration"],
@@ -44,7 +46,8 @@ rule accuracy:
     """Measure a model's zero-shot accuracy on one lm-eval task."""
     input:
         model=lambda w: ancient(subject_model(w)),
-        rows=lambda w: ancient(str(checked(params.task_file, config, w.task))),
+        rows=lambda w: settled(str(checked(params.task_file, config, w.task))),
+        again=failed(f"{EVALUATION}/{{subject}}/accuracy_{{task}}-{{key}}.json"),
     output:
         f"{EVALUATION}/{{subject}}/accuracy_{{task}}-{{key}}.json",
     log:
@@ -54,8 +57,9 @@ rule accuracy:
     params:
         settings=measured_settings("accuracy_{task}-{key}"),
     run:
-        stages().evaluate_accuracy(
-            **input,
+        stages(wildcards).evaluate_accuracy(
+            model=input.model,
+            rows=input.rows,
             task=wildcards.task,
             output=output[0],
             settings=params.settings["evaluation"],

@@ -31,7 +31,7 @@ rule sample_calibration:
         settings=settings_of("calibration"),
         seed=settings_of("seed"),
     run:
-        stages().sample_calibration(
+        stages(wildcards).sample_calibration(
             **input, output=output[0], settings=params.settings, seed=params.seed, log=log[0]
         )
 
@@ -49,7 +49,7 @@ rule embed:
     params:
         settings=settings_of("calibration"),
     run:
-        stages().embed(**input, **output, settings=params.settings, log=log[0])
+        stages(wildcards).embed(**input, **output, settings=params.settings, log=log[0])
 
 
 rule capture_block:
@@ -68,7 +68,7 @@ rule capture_block:
     params:
         settings=settings_of("calibration"),
     run:
-        stages().capture_block(
+        stages(wildcards).capture_block(
             **input, **output, index=int(wildcards.block), settings=params.settings, log=log[0]
         )
 
@@ -82,4 +82,4 @@ rule describe_calibration:
     params:
         ingredients=lambda w: checked(params.calibration_ingredients, config, run_of(w)),
     run:
-        stages().write_key(ingredients=params.ingredients, output=output[0])
+        stages(wildcards).write_key(ingredients=params.ingredients, output=output[0])

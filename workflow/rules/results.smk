@@ -3,7 +3,7 @@ def measurements(folder):
 
     def files(wildcards):
         paths = paths_of(wildcards)
-        return [ancient(f"{getattr(paths, folder)}/{name}") for name in paths.measurements()]
+        return [settled(f"{getattr(paths, folder)}/{name}") for name in paths.measurements()]
 
     return files
 
@@ -33,15 +33,10 @@ def records(wildcards):
 def outdated(wildcards):
     """A marker newer than results/<run>/, where that was published from other parameters.
 
-    Everything else under results/ has its parameters in its path; what people look at has not. Snakemake
-    makes an existing target anew only where an input that exists is newer: a missing one would not do.
+    Everything else under results/ has its parameters in its path; what people look at has not.
     """
-    if params.is_published(run_of(wildcards), paths_of(wildcards)):
-        return []
-    marker = pathlib.Path(ARTIFACTS) / "outdated" / wildcards.run
-    marker.parent.mkdir(parents=True, exist_ok=True)
-    marker.touch()
-    return str(marker)
+    published = params.is_published(run_of(wildcards), paths_of(wildcards))
+    return [] if published else marker(wildcards.run)
 
 
 rule publish:
@@ -70,6 +65,7 @@ rule publish:
             category="Blocks",
             labels={"run": "{run}", "what": "distortion per block"},
         ),
+        blocks_file="results/{run}/blocks.json",
     log:
         "logs/publish/{run}.log",
     params:
@@ -77,7 +73,7 @@ rule publish:
         base=lambda w: config["models"][run_of(w).model],
         made_from=lambda w: paths_of(w).publication(),
     run:
-        stages().publish(
+        stages(wildcards).publish(
             source=input.source,
             checksums=input.checksums,
             outline=input.outline,

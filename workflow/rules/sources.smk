@@ -9,7 +9,7 @@ checkpoint fetch_model:
     params:
         source=lambda w: checked(params.choose, w.model, config["models"], "model"),
     run:
-        stages().fetch_model(
+        stages(wildcards).fetch_model(
             source=params.source,
             output=output.source,
             outline=output.outline,
@@ -21,6 +21,8 @@ checkpoint fetch_model:
 
 rule fetch_text:
     """Fetch one split of a text as a table of documents."""
+    input:
+        failed(f"{ARTIFACTS}/sources/texts/{{text}}/{{key}}/{{split}}.parquet"),
     output:
         f"{ARTIFACTS}/sources/texts/{{text}}/{{key}}/{{split}}.parquet",
     log:
@@ -28,7 +30,7 @@ rule fetch_text:
     params:
         source=lambda w: checked(params.choose, w.text, config["texts"], "text"),
     run:
-        stages().fetch_text(
+        stages(wildcards).fetch_text(
             source=params.source,
             name=wildcards.text,
             split=wildcards.split,
@@ -41,12 +43,14 @@ rule fetch_text:
 
 rule fetch_task:
     """Fetch the rows of a zero-shot task in the schema that lm-eval's stock task reads."""
+    input:
+        failed(f"{ARTIFACTS}/sources/tasks/{{task}}/{{key}}/rows.parquet"),
     output:
         f"{ARTIFACTS}/sources/tasks/{{task}}/{{key}}/rows.parquet",
     log:
         "logs/tasks/{task}_{key}.log",
     run:
-        stages().fetch_task(
+        stages(wildcards).fetch_task(
             task=wildcards.task,
             data_dir=config["data_dir"],
             output=output[0],

@@ -1,0 +1,196 @@
+"""Memory of a model at work: an estimate before anything is compressed, and a measurement of a checkpoint.
+
+`python -m aasvd.memory FOLDER CONTEXT DTYPE` loads a checkpoint in a process of its own, reads CONTEXT
+tokens into a key-value cache, generates one more, and prints the bytes as JSON.
+"""
+
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from aasvd import params
+from aasvd.artifacts import read_json
+from aasvd.evaluate import MeasurementError
+
+_BYTES = 2  # of a bfloat16 or float16 number
+_SMALLEST = 0.05  # ratios below this are not worth making
+
+
+class Estimate(NamedTuple):
+    """Bytes at batch 1: weights of the linears that are compressed, other weights, and what a pass needs.
+
+    Attributes:
+        linears: Of the dense linears.
+        rest: Of all other parameters.
+        cache: Keys and values of the whole context.
+        activations: The largest tensors that a pass over the whole context holds at a time, and logits.
+    """
+
+    linears: int
+    rest: int
+    cache: int
+    activations: int
+
+    def total(self, ratio: float) -> float:
+        """Return the bytes at a retained-parameter ratio."""
+        return self.linears * ratio + self.rest + self.cache + self.activations
+
+    def ratio(self, budget: float) -> float | None:
+        """Return the largest ratio, in hundredths, that fits a budget in bytes.
+
+        Returns:
+            At most 1, the dense model; None where even a twentieth does not fit.
+        """
+        share = (budget - self.rest - self.cache - self.activations) / self.linears
+        ratio = min(1.0, math.floor(100 * share) / 100)
+        return ratio if ratio >= _SMALLEST else None
+
+
+def estimate(folder: Path, *, linears: int, parameters: int, context: int) -> Estimate:
+    """Estimate a model's memory in a 16-bit type from its configuration.
+
+    Args:
+        folder: Model folder.
+        linears: Parameters of the linears that compression replaces.
+        parameters: Parameters in all.
+        context: Tokens.
+    """
+    config = AutoConfig.from_pretrained(folder).get_text_config()
+    heads = config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    shared = getattr(config, "num_key_value_heads", None) or heads
+    inner = getattr(config, "intermediate_size", None) or getattr(config, "ffn_dim", 4 * config.hidden_size)
+    # Around the MLP: the residual stream, its norm, and gate, up and their product; around attention:
+    # the same two, queries, keys, values and the output. One of the two exists at a time.
+    mlp = 2 * config.hidden_size + 3 * inner
+    attention = 2 * config.hidden_size + (2 * heads + 2 * shared) * width
+    return Estimate(
+        linears=_BYTES * linears,
+        rest=_BYTES * (parameters - linears),
+        cache=_BYTES * 2 * config.num_hidden_layers * shared * width * context,
+        activations=_BYTES * context * max(mlp, attention) + 4 * config.vocab_size,
+    )
+
+
+def plan(
+    config: params.Config,
+    *,
+    model: str,
+    source: Path,
+    outline: Path,
+    budgets: Sequence[float],
+    context: int,
+) -> list[dict[str, Any]]:
+    """Choose a run for every memory budget.
+
+    Args:
+        config: The whole configuration.
+        model: Name in the registry.
+        source: The fetched model's source.json.
+        outline: Its outline.json.
+        budgets: Bytes.
+        context: Tokens that have to fit, at batch 1.
+
+    Returns:
+        Per budget: `budget`, `ratio` (1 where the dense model fits, None where nothing does), `run` (None
+        where nothing fits), `measured` (the file of its measured memory) and the parts of the estimate. Where
+        the dense model fits, the run only lends its dense side.
+    """
+    dense = read_json(source)
+    folder = source.parent / dense["folder"]
+    linears = sum(rows * columns for rows, columns in read_json(outline)["linears"].values())
+    parameters = sum(math.prod(tensor["shape"]) for tensor in dense["tensors"].values())
+    needs = estimate(folder, linears=linears, parameters=parameters, context=context)
+    fitting = [needs.ratio(size) for size in budgets]
+    compressed = [ratio for ratio in fitting if ratio is not None and ratio < 1]
+    entries = []
+    for size, ratio in zip(budgets, fitting, strict=True):
+        entry: dict[str, Any] = {
+            "budget": size,
+            "ratio": ratio,
+            "run": None,
+            "measured": None,
+            **needs._asdict(),
+        }
+        if ratio is not None:
+            made = max(compressed, default=0.6) if ratio == 1 else ratio
+            entry["run"] = f"{model}_r{made:g}"
+            paths = params.Paths(config, params.parse_run(config, entry["run"]))
+            subject = paths.dense_evaluation if ratio == 1 else paths.evaluation
+            entry["measured"] = str(subject / f"memory_{context}.json")
+        entries.append(entry)
+    return entries
+
+
+def measure(folder: Path, *, context: int, dtype: str) -> dict[str, Any]:
+    """Measure a checkpoint's memory in a process of its own.
+
+    Args:
+        folder: Model folder, dense or compressed.
+        context: Tokens.
+        dtype: Float type, as torch names it.
+
+    Returns:
+        `weights`, `cache`, and `peak` beyond what the process needs without a model, in bytes; `device`.
+
+    Raises:
+        MeasurementError: If the process fails, as it does where memory does not suffice.
+    """
+    command = [sys.executable, "-m", "aasvd.memory", str(folder), str(context), dtype]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+        raise MeasurementError(f"{folder} does not run with {context} tokens: {last}")
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+@torch.inference_mode()
+def _run(folder: str, context: int, dtype: torch.dtype) -> dict[str, Any]:
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    before = _used(device)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
+    vocabulary = model.config.get_text_config().vocab_size
+    ids = torch.arange(context, device=device)[None] % vocabulary
+    output = model(input_ids=ids, use_cache=True, logits_to_keep=1)
+    cache = output.past_key_values
+    token = output.logits[:, -1:].argmax(-1)
+    model(input_ids=token, past_key_values=cache, use_cache=True)
+    kept = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+        for tensor in [*model.parameters(), *model.buffers()]
+    }
+    cached = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+    return {
+        "weights": sum(kept.values()),
+        "cache": sum(tensor.numel() * tensor.element_size() for tensor in cached),
+        "peak": _peak(device) - before,
+        "device": str(device),
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+
+
+def _used(device: torch.device) -> int:
+    return _status("VmRSS") if device.type == "cpu" else torch.accelerator.memory_allocated()
+
+
+def _peak(device: torch.device) -> int:
+    return _status("VmHWM") if device.type == "cpu" else torch.accelerator.max_memory_allocated()
+
+
+def _status(name: str) -> int:
+    lines: Mapping[str, str] = dict(
+        line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line
+    )
+    return int(lines[name].split()[0]) * 1024
+
+
+if __name__ == "__main__":
+    sys.stdout.write(json.dumps(_run(sys.argv[1], int(sys.argv[2]), getattr(torch, sys.argv[3]))) + "\n")

@@ -1,0 +1,143 @@
+"""Tables of text cells, written as HTML, Markdown, LaTeX or plain text by the ending of the file's name."""
+
+import html
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from aasvd.artifacts import replacing
+
+_STYLE = (
+    "body{font:15px/1.5 sans-serif;margin:2em}"
+    "table{border-collapse:collapse}"
+    "td,th{padding:.3em 1em;text-align:right;border-bottom:1px solid #ddd}"
+    "td:first-child,th:first-child{text-align:left}"
+    "tr.group td{border-top:2px solid #888}"
+)
+_LATEX = str.maketrans(
+    {
+        "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
+        "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}",
+        "±": r"$\pm$", "–": "--", "×": r"$\times$", "′": "'", "<": r"\textless{}", ">": r"\textgreater{}",
+        "|": r"\textbar{}",
+    }
+)  # fmt: skip
+
+
+class Table(NamedTuple):
+    """A table as people read it.
+
+    Attributes:
+        title: One line.
+        columns: Heads; the first column holds names and is set flush left.
+        rows: Cells as text, as many per row as there are columns.
+        notes: Sentences: what the text above the table says.
+        groups: Numbers of rows before which a rule is drawn.
+    """
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    notes: Sequence[str] = ()
+    groups: Sequence[int] = ()
+
+    def html(self) -> str:
+        """Return the table as a page of its own."""
+
+        def line(cells: Sequence[str], tag: str = "td", attributes: str = "") -> str:
+            inner = "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells)
+            return f"<tr{attributes}>{inner}</tr>"
+
+        body = "\n".join(
+            line(row, attributes=' class="group"' if number in self.groups else "")
+            for number, row in enumerate(self.rows)
+        )
+        title = html.escape(self.title)
+        notes = "".join(f"<p>{html.escape(note)}</p>" for note in self.notes)
+        return (
+            f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>'
+            f"<style>{_STYLE}</style>"
+            f"<h1>{title}</h1>{notes}<table>{line(self.columns, 'th')}\n{body}\n</table></html>\n"
+        )
+
+    def markdown(self) -> str:
+        """Return the table in GitHub's Markdown."""
+
+        def line(cells: Sequence[str]) -> str:
+            return "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"
+
+        rule = "| " + " | ".join(["---", *["---:"] * (len(self.columns) - 1)]) + " |"
+        notes = [part for note in self.notes for part in (note, "")]
+        lines = [f"## {self.title}", "", *notes, line(self.columns), rule, *map(line, self.rows)]
+        return "\n".join(lines) + "\n"
+
+    def latex(self) -> str:
+        """Return the table as a LaTeX float that needs the package booktabs."""
+
+        def line(cells: Sequence[str]) -> str:
+            return " & ".join(cell.translate(_LATEX) for cell in cells) + r" \\"
+
+        body: list[str] = []
+        for number, row in enumerate(self.rows):
+            body += [r"\midrule"] * (number in self.groups and number > 0) + [line(row)]
+        caption = " ".join([self.title.rstrip(".") + ".", *self.notes]).translate(_LATEX)
+        lines = [
+            r"\begin{table}",
+            r"\centering",
+            r"\begin{tabular}{l" + "r" * (len(self.columns) - 1) + "}",
+            r"\toprule",
+            line(self.columns),
+            r"\midrule",
+            *body,
+            r"\bottomrule",
+            r"\end{tabular}",
+            rf"\caption{{{caption}}}",
+            r"\end{table}",
+        ]
+        return "\n".join(lines) + "\n"
+
+    def text(self) -> str:
+        """Return the table for a terminal."""
+        table = [self.columns, *self.rows]
+        widths = [max(len(row[column]) for row in table) for column in range(len(self.columns))]
+        lines = [
+            "  ".join(
+                f"{cell:<{width}}" if column == 0 else f"{cell:>{width}}"
+                for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+            )
+            for row in table
+        ]
+        lines.insert(1, "-" * len(lines[0]))
+        return "\n".join(lines)
+
+    def write(self, *outputs: Path) -> None:
+        """Write the table to files, each in the format of its ending: .html, .md, .tex or .txt.
+
+        Raises:
+            ValueError: If an ending names no format, or a row has another number of cells than the head.
+        """
+        for row in self.rows:
+            if len(row) != len(self.columns):
+                raise ValueError(f"table {self.title!r}: row {row} does not have {len(self.columns)} cells")
+        formats = {".html": self.html, ".md": self.markdown, ".tex": self.latex, ".txt": self.text}
+        for output in outputs:
+            if output.suffix not in formats:
+                raise ValueError(f"{output}: a table can be written as {', '.join(formats)}")
+            with replacing(output) as temporary:
+                temporary.write_text(formats[output.suffix]())
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    """Return a number with a fixed number of decimals; scientific where it is huge, – for None."""
+    if value is None:
+        return "–"
+    text = f"{value:.{digits}f}" if abs(value) < 1e5 else f"{value:.2e}"
+    return re.sub(r"e\+0*", "e", text)
+
+
+def percent(value: float | None, error: float | None = None) -> str:
+    """Return a share in percent, with its standard error where there is one."""
+    if value is None:
+        return "–"
+    return f"{100 * value:.1f}" + ("" if error is None else f" ± {100 * error:.1f}")

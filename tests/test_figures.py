@@ -1,0 +1,63 @@
+import itertools
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from aasvd import figures
+from aasvd.figures import Series
+
+ONE = Series("aasvd", [1, 2, 3], [0.1, 0.2, 0.4])
+TWO = Series("svd", [1, 2, 3], [0.3, 0.5, 0.9])
+
+
+def draw(folder: Path, name: str) -> list[Path]:
+    outputs = [folder / f"{name}.png", folder / f"{name}.svg"]
+    shared: dict[str, Any] = {"title": "model at ratio 0.6", "outputs": outputs}
+    if name == "depth":
+        figures.depth([ONE, TWO], {"aasvd": 70.0, "svd": 2e4}, dense=18.3, text="wikitext2", **shared)
+    elif name == "sweep":
+        accuracy = Series("compressed", [16, 32], [40.0, 41.0])
+        dense = {"ptb": 30.0}
+        perplexity = [Series("ptb", [16, 32], [90.0, 80.0])]
+        figures.sweep(perplexity, accuracy, dense=dense, dense_accuracy=50.0, tasks="7 tasks", **shared)
+    else:
+        figures.layers([ONE, TWO], [TWO, ONE], **shared)
+    return outputs
+
+
+@pytest.mark.parametrize("name", ["depth", "sweep", "layers"])
+def test_a_figure_is_a_png_and_an_svg_with_the_same_bytes_every_time(tmp_path: Path, name: str) -> None:
+    (tmp_path / "again").mkdir()
+    for first, second in zip(draw(tmp_path, name), draw(tmp_path / "again", name), strict=True):
+        assert first.read_bytes() == second.read_bytes()
+    content = (tmp_path / f"{name}.png").read_bytes()
+    width, height = struct.unpack(">II", content[16:24])
+    assert width > 1000 and height > 400
+    assert "<svg" in (tmp_path / f"{name}.svg").read_text()
+
+
+def test_a_figure_without_accuracy_or_dense_numbers_is_drawn(tmp_path: Path) -> None:
+    outputs = [tmp_path / "sweep.svg"]
+    figures.sweep([ONE], None, dense={}, dense_accuracy=None, title="", tasks="0 tasks", outputs=outputs)
+    figures.depth([], {}, dense=None, text="", title="", outputs=[tmp_path / "depth.svg"])
+    assert all(file.stat().st_size > 1000 for file in tmp_path.iterdir())
+
+
+def test_series_differ_in_colour_marker_or_dash_and_neighbours_in_all() -> None:
+    styles = [
+        tuple(figures.style(number)[key] for key in ("color", "marker", "linestyle")) for number in range(28)
+    ]
+    assert len(set(styles)) == 28
+    for first, second in itertools.pairwise(styles):
+        assert all(a != b for a, b in zip(first, second, strict=True))
+
+
+def test_colours_differ_in_greyscale() -> None:
+    def luminance(colour: str) -> float:
+        red, green, blue = (int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5))
+        return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+    for first, second in itertools.pairwise(figures.PALETTE):
+        assert abs(luminance(first) - luminance(second)) > 0.05

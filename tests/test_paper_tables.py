@@ -1,0 +1,93 @@
+"""The paper's tables from made-up runs."""
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from test_results import result
+
+from aasvd import paper, results
+from aasvd.artifacts import write_table
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> str:
+    """Runs at two ratios, of three methods, one of them twice under two names."""
+
+    def made(name: str, ratio: float, **changes: Any) -> dict[str, Any]:
+        keys = {"keys": {"compression": f"r{ratio:g}-{changes.pop('key', name)}"}}
+        return result(name, ratio={"target": ratio, "achieved": ratio - 0.001}, provenance=keys) | changes
+
+    everything = [
+        made("m_r0.6", 0.6, key="same"),
+        made("default", 0.6, key="same"),
+        made("m_r0.6_norefine", 0.6, refined=False),
+        made("m_r0.6_slice", 0.6, method="SliceGPT"),
+        made("m_r0.8", 0.8),
+        made("other_r0.8", 0.8, model="other"),
+    ]
+    rows = [row for run in everything for row in results.rows(run)]
+    write_table(tmp_path / "runs.parquet", pa.Table.from_pylist(rows, schema=results.COLUMNS))
+    return str(tmp_path / "runs.parquet")
+
+
+def cells(file: Path) -> list[list[str]]:
+    lines = [line for line in file.read_text().splitlines() if line.startswith("| ")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if "---" not in line]
+
+
+def test_main_table_has_dense_then_every_run_by_ratio(runs: str, tmp_path: Path) -> None:
+    output = tmp_path / "main.md"
+    paper.main(runs=runs, model="m", ratios=[0.8, 0.6], outputs=[str(output)])
+    head, *rows = cells(output)
+    assert head == ["method", "ratio", "achieved", "piqa", "winogrande", "average", "drop"]
+    assert [(row[0], row[1]) for row in rows] == [
+        ("dense", "1"), ("aasvd", "0.8"),
+        ("SliceGPT (slice)", "0.6"), ("aasvd", "0.6"), ("aasvd (norefine)", "0.6"),
+    ]  # fmt: skip
+    assert rows[0][3:] == ["80.0", "60.0", "70.0", "–"]
+    assert rows[1][2:] == ["0.7990", "60.0", "50.0", "55.0", "21.4"]
+
+
+def test_pruning_table_leaves_out_variants_of_our_own(runs: str, tmp_path: Path) -> None:
+    output = tmp_path / "pruning.md"
+    paper.pruning(runs=runs, model="m", ratios=[0.6], outputs=[str(output)])
+    assert [row[0] for row in cells(output)[1:]] == ["dense", "SliceGPT (slice)", "aasvd"]
+    paper.pruning(runs=runs, model="m", ratios=[0.8], outputs=[str(output)])
+    assert "No run of a structured pruning method is finished" in output.read_text()
+
+
+def test_ablation_shows_its_variants_only(runs: str, tmp_path: Path) -> None:
+    output = tmp_path / "ablation.md"
+    paper.ablation(runs=runs, model="m", ratios=[0.6], variants=["norefine"], outputs=[str(output)])
+    rows = cells(output)[1:]
+    assert [(row[0], row[3]) for row in rows] == [("default", "yes"), ("norefine", "no")]
+    assert {row[1] for row in rows} == {"anchored"}
+
+
+def test_models_table_puts_each_model_below_its_dense_self(runs: str, tmp_path: Path) -> None:
+    output = tmp_path / "models.md"
+    paper.models(runs=runs, models=["other", "m"], ratios=[0.8, 0.6], outputs=[str(output)])
+    rows = [tuple(row[:3]) for row in cells(output)[1:]]
+    assert rows[:3] == [("other", "dense", "1"), ("other", "aasvd", "0.8"), ("m", "dense", "1")]
+    assert rows[3:] == [("m", "aasvd", "0.8"), ("m", "aasvd", "0.6")]
+
+
+def test_breakdown_has_a_row_per_metric_and_a_column_per_run(runs: str, tmp_path: Path) -> None:
+    output = tmp_path / "breakdown.md"
+    paper.breakdown(runs=runs, model="m", ratios=[0.6], outputs=[str(output)])
+    head, *rows = cells(output)
+    assert head == ["", "dense", "0.6 SliceGPT (slice)", "0.6 aasvd", "0.6 aasvd (norefine)"]
+    found = {row[0]: row[1:] for row in rows}
+    assert found["acc piqa"] == ["80.0", *["60.0 ± 1.0"] * 3]
+    assert found["acc_norm piqa"][1] == "80.0 ± 2.0"
+    assert found["parameters of linears"] == ["100", "60", "60", "60"]
+    assert found["seconds, s"] == ["–", "3.50", "3.50", "3.50"]
+
+
+def test_a_table_of_runs_that_do_not_exist_is_empty(runs: str, tmp_path: Path) -> None:
+    for name in ("main", "pruning", "breakdown"):
+        output = tmp_path / f"{name}.html"
+        getattr(paper, name)(runs=runs, model="m", ratios=[0.1], outputs=[str(output)])
+        assert output.exists()

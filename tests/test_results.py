@@ -1,0 +1,98 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from aasvd import results
+from aasvd.artifacts import write_json
+from aasvd.results import Measurement
+
+
+def accuracy(name: str, acc: float, norm: float | None = None) -> Measurement:
+    numbers: dict[str, Any] = {"acc": acc, "stderr": 0.01, "count": 10}
+    if norm is not None:
+        numbers |= {"acc_norm": norm, "acc_norm_stderr": 0.02}
+    return Measurement("accuracy", name, numbers, None)
+
+
+def failed(kind: str, name: str) -> Measurement:
+    return Measurement(kind, name, {}, "no network")
+
+
+DENSE = [
+    Measurement("perplexity", "ptb", {"perplexity": 8.0, "windows": 5}, None),
+    accuracy("piqa", 0.8, 0.9),
+    accuracy("winogrande", 0.6),
+    accuracy("mathqa", 0.3, 0.3),
+]
+COMPRESSED = [
+    failed("perplexity", "ptb"),
+    accuracy("piqa", 0.6, 0.8),
+    accuracy("winogrande", 0.5),
+    failed("accuracy", "mathqa"),
+]
+
+
+def test_failures_stay_alone_and_are_named() -> None:
+    found = results.side_by_side(DENSE, COMPRESSED)
+    assert found["perplexity"] == {"ptb": {"dense": 8.0, "compressed": None, "windows": 5}}
+    assert found["accuracy"]["mathqa"]["dense"] == 0.3
+    assert found["accuracy"]["mathqa"]["compressed"] is None
+    assert found["errors"] == {
+        "perplexity ptb": {"compressed": "no network"},
+        "accuracy mathqa": {"compressed": "no network"},
+    }
+
+
+def test_average_is_over_the_tasks_that_both_models_have() -> None:
+    found = results.side_by_side(DENSE, COMPRESSED)["average"]
+    assert (found["tasks"], found["of"]) == (2, 3)
+    assert found["acc"] == pytest.approx(
+        {"dense": 0.7, "compressed": 0.55, "drop": 0.15, "relative_drop": 0.15 / 0.7}
+    )
+    # winogrande has no acc_norm and enters with its acc.
+    assert found["acc_norm"]["dense"] == pytest.approx((0.9 + 0.6) / 2)
+    assert found["acc_norm"]["compressed"] == pytest.approx((0.8 + 0.5) / 2)
+    assert results.average({}) == {"tasks": 0, "of": 0}
+
+
+def result(run: str, **changes: Any) -> dict[str, Any]:
+    return {
+        "run": run, "model": "m", "method": "aasvd", "objective": "anchored", "refined": True,
+        "ratio": {"target": 0.6, "achieved": 0.599},
+        "parameters": {"dense": 200, "compressed": 150, "linears": {"dense": 100, "compressed": 60}},
+        "provenance": {"keys": {"compression": "r0.6-0123456789"}},
+        "storage": "factors", "precision": "model", "bytes": {"dense": 400, "compressed": 300},
+        "seconds": {"solve": 1.0, "refine": 2.5}, "peak_memory_mb": 10.0,
+        **results.side_by_side(DENSE, COMPRESSED),
+    } | changes  # fmt: skip
+
+
+def test_table_has_a_row_per_run_and_metric(tmp_path: Path) -> None:
+    for run in ("m_r0.6", "m_r0.6_norefine"):
+        (tmp_path / run).mkdir()
+        (tmp_path / run / "eval.json").write_text(json.dumps(result(run)))
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "eval.json").write_text('{"run": "old"}')  # of an earlier version
+    table = results.table(tmp_path)
+    rows = table.to_pylist()
+    assert len({(row["run"], row["metric"]) for row in rows}) == len(rows)
+    assert {row["variant"] for row in rows} == {"", "norefine"}
+    metrics = {row["metric"]: row for row in rows if row["variant"] == ""}
+    assert metrics["acc piqa"]["value"] == 0.6 and metrics["acc piqa"]["dense"] == 0.8
+    assert metrics["acc piqa"]["count"] == 10 and metrics["acc_norm piqa"]["stderr"] == 0.02
+    assert metrics["acc average"]["value"] == pytest.approx(0.55)
+    assert metrics["seconds"]["value"] == 3.5
+    assert "acc mathqa" not in metrics and "perplexity ptb" not in metrics  # they failed
+
+
+def test_no_runs_give_an_empty_table(tmp_path: Path) -> None:
+    assert results.table(tmp_path).num_rows == 0
+    assert results.table(tmp_path).schema == results.COLUMNS
+
+
+def test_a_measurement_is_read_from_its_artifact(tmp_path: Path) -> None:
+    file = tmp_path / "accuracy_arc_easy-0123456789.json"
+    write_json(file, {"error": "no network", "seconds": 1.0})
+    assert results.read_measurement(str(file)) == failed("accuracy", "arc_easy")

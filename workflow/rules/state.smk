@@ -1,0 +1,53 @@
+"""What earlier runs left undone, and where this one is."""
+
+import time
+
+REQUESTED = set()  # names of the runs that are asked for, as input functions meet them
+
+
+def marker(name):
+    """An input that makes what exists be made anew: for that it has to exist, to be newer, and to be another."""
+    file = pathlib.Path(ARTIFACTS) / "outdated" / name
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(str(time.time_ns()))
+    return str(file)
+
+
+def failed(pattern):
+    """An input function that gives a marker where an artifact holds a failure, so that it is tried again."""
+
+    def again(wildcards):
+        artifact = pattern.format(**wildcards)
+        return [marker(artifact)] if params.failure_file(artifact).exists() else []
+
+    return again
+
+
+def settled(file):
+    """An input whose age does not matter, unless it holds a failure: then what makes it is tried again.
+
+    What read the failure has to follow, and Snakemake looks at no job by itself that lies behind one it runs.
+    """
+    return file if params.failure_file(file).exists() else ancient(file)
+
+
+def status_files(wildcards):
+    """The progress.json of each asked-for run that a job works for; in a cluster's job, of the listed runs."""
+    names = REQUESTED or config["runs"]
+    runs = [checked(params.parse_run, config, name) for name in sorted(names)]
+    return [f"results/{run.name}/progress.json" for run in runs if works_for(run, wildcards)]
+
+
+def works_for(run, wildcards):
+    """Whether a job's wildcards fit a run."""
+    paths = params.Paths(config, run)
+    own = {
+        "run": run.name,
+        "model": run.model,
+        "calibration": paths.calibration.name,
+        "compression": paths.compressed.name,
+    }
+    subject = f"{own['calibration']}/{own['compression']}"
+    return all(wildcards[name] == own[name] for name in own if name in wildcards.keys()) and (
+        "subject" not in wildcards.keys() or wildcards.subject in (subject, f"dense/{paths.model.name}")
+    )
