@@ -25,6 +25,8 @@ ORDER = [
     "attention",
     "capture",
     "blocks",
+    "fusion",
+    "latents",
     "refine",
     "compress",
     "checkpoint",
