@@ -39,6 +39,9 @@ ORDER = [
     "versioning",
     "stale",
     "bench",
+    "bench_inference",
+    "export",
+    "vllm_plugin",
 ]
 
 
