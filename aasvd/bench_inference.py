@@ -138,9 +138,9 @@ def _codes(name: str, buffer: Tensor, generator: torch.Generator) -> Tensor:
     return values.half().view(torch.int16)
 
 
-def linears(model: nn.Module) -> list[nn.Module]:
+def linears(model: Any) -> list[nn.Linear | CompressedLinear]:
     """Return the linears inside a model's blocks, dense or low-rank."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = model.get_output_embeddings()
     return [m for m in model.modules() if isinstance(m, nn.Linear | CompressedLinear) and m is not head]
 
 

@@ -87,7 +87,9 @@ class Factors:
             index = 0 if part is None else _SHARDS.index(part) if part in _SHARDS else int(part)
             if index >= len(self._ranks) or (part is None and len(self._ranks) > 1):
                 raise ValueError(f"{name} of shape {tuple(stored.shape)}: there is no part {part!r} to load")
-            target = (self._views(parameter) if name == "u" else parameter.split(self._ranks))[index]
+            target = (self._views(parameter) if name == "u" else list(torch.split(parameter, self._ranks)))[
+                index
+            ]
             if target.shape != stored.shape:
                 raise ValueError(
                     f"{name} of part {index} has shape {tuple(stored.shape)}: expected {tuple(target.shape)}"
