@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: demo test check bench report clean-stale help
+.PHONY: demo test check bench bench-inference report clean-stale help
 .DEFAULT_GOAL := help
 
 help:
@@ -36,6 +36,9 @@ check: $(BIN)/.installed-test ## format, lint and types only
 
 bench: $(BIN)/.installed ## seconds per stage and block, fixed cost per job, GFLOP/s, memory; BENCH=paper: only that
 	python -m aasvd.bench $(BENCH)
+
+bench-inference: $(BIN)/.installed ## tokens per second and memory, dense against compressed; QUICK=1 only sees whether it runs
+	python -m aasvd.bench_inference $(if $(QUICK),--quick)
 
 report: $(BIN)/.installed ## report.html from the finished runs
 	snakemake --report report.html

@@ -25,6 +25,7 @@ from transformers.core_model_loading import WeightRenaming
 
 from aasvd import attention
 from aasvd.artifacts import DamagedArtifactError, read_json, remake_command
+from aasvd.capture import sharing
 
 
 class Source:
@@ -288,27 +289,10 @@ def groups(
     """
     block = parts.blocks[index]
     meta = torch.device("meta")
-    seen: list[tuple[Tensor, list[str]]] = []
-
-    def watch(name: str) -> Any:
-        def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            for tensor, names in seen:
-                if tensor is inputs[0]:
-                    names.append(name)
-                    return
-            seen.append((inputs[0], [name]))
-
-        return hook
-
-    handles = [module.register_forward_pre_hook(watch(name)) for name, module in linears(block).items()]
     dtype = next(block.parameters()).dtype
-    try:
-        with torch.inference_mode():
-            block(
-                torch.empty(1, tokens, width, dtype=dtype, device=meta),
-                **place(arguments, device=meta, dtype=dtype),
-            )
-    finally:
-        for handle in handles:
-            handle.remove()
-    return [names for _, names in seen]
+    with torch.inference_mode(), sharing(linears(block)) as found:
+        block(
+            torch.empty(1, tokens, width, dtype=dtype, device=meta),
+            **place(arguments, device=meta, dtype=dtype),
+        )
+    return found

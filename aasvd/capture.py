@@ -1,7 +1,8 @@
-"""Record what named linear layers of a block read, and nothing after them."""
+"""Record what named linear layers read."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -71,3 +72,31 @@ def watching(block: nn.Module, groups: Sequence[Sequence[str]]) -> Iterator[list
         for handle in handles:
             handle.remove()
         inputs.clear()
+
+
+@contextlib.contextmanager
+def sharing(modules: Mapping[str, nn.Module]) -> Iterator[list[list[str]]]:
+    """Yield a list that fills with the names of modules as they are called, grouped by the tensor they read.
+
+    Modules that receive the same tensor object form a group; groups are in the order of their first call.
+    """
+    inputs: list[Tensor] = []
+    found: list[list[str]] = []
+
+    def watch(name: str) -> Any:
+        def hook(_module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            for tensor, names in zip(inputs, found, strict=True):
+                if tensor is arguments[0]:
+                    names.append(name)
+                    return
+            inputs.append(arguments[0])
+            found.append([name])
+
+        return hook
+
+    handles = [module.register_forward_pre_hook(watch(name)) for name, module in modules.items()]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -34,6 +34,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from aasvd.artifacts import DamagedArtifactError, digest, remake_command, replacing
 from aasvd.formats import FORMATS, replace_linears
+from aasvd.fusion import fuse
 from aasvd.lowrank import CompressedLinear
 from aasvd.weights import TYPE_NAMES, StoredTensor, stored_tensors, weight_files, write_safetensors
 
@@ -160,6 +161,12 @@ class AasvdQuantizer(HfQuantizer):
             if _module(key) in ranks:
                 _check_overhead(key, stored[key], FORMATS[self.quantization_config.storage])
         _check_digests(folder, [Path(file) for file in checkpoint_files])
+        return model
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: object) -> Any:
+        """Let linears that read the same input share their first product, where all weights are in memory."""
+        if not any(parameter.is_meta for parameter in model.parameters()):
+            fuse(model)
         return model
 
     def is_serializable(self) -> bool:

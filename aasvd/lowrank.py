@@ -1,6 +1,6 @@
 """Linear layers stored in less than a full matrix, and the plainest of them: two factors."""
 
-from typing import ClassVar, Self
+from typing import ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -8,6 +8,26 @@ from torch.nn import functional as F
 
 # Shape, and the type of integers or None for the model's float type.
 Layout = dict[str, tuple[tuple[int, ...], torch.dtype | None]]
+
+
+class SharedInput(Protocol):
+    """What computes the latents of several layers that read the same tensor; see `aasvd.fusion`."""
+
+    def latents(self, layer: nn.Module, x: Tensor) -> Tensor:
+        """Return the latents (..., rank) of one of the layers for x (..., in)."""
+        ...
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return x weightᵀ + bias for x (..., in) and weight (out, in): `F.linear`, but fast for one token.
+
+    For a single token on a CPU, F.linear repacks the weight for a matrix product; a matrix-vector product
+    reads it once. Compilers see F.linear only.
+    """
+    if x.device.type == "cpu" and not torch.compiler.is_compiling() and x.numel() == x.shape[-1]:
+        y = torch.matmul(weight, x.view(-1)).view(*x.shape[:-1], -1)
+        return y if bias is None else y + bias.to(y.dtype)
+    return F.linear(x, weight, bias)
 
 
 class CompressedLinear(nn.Module):
@@ -18,10 +38,14 @@ class CompressedLinear(nn.Module):
 
     Attributes:
         OVERHEAD: Stored tensors that are no numbers of the matrix: they cost bytes, but are no parameters.
+        DOWN: Name of the parameter (rank, in) that `down` multiplies with; None where it is made from codes.
+        shared: Set by `aasvd.fusion` where other layers read the same input.
     """
 
     OVERHEAD: ClassVar[tuple[str, ...]] = ()
+    DOWN: ClassVar[str | None] = None
     bias: nn.Parameter | None
+    shared: SharedInput | None = None
 
     def __init__(
         self,
@@ -70,6 +94,18 @@ class CompressedLinear(nn.Module):
     def problem(name: str, value: Tensor) -> str | None:
         """Say what is wrong with a stored tensor of OVERHEAD, if it holds what no packing gives."""
 
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x (..., in) to (..., out)."""
+        return self.up(self.down(x))
+
+    def down(self, x: Tensor) -> Tensor:
+        """Map x (..., in) to its latents (..., rank), from which `up` makes the output."""
+        raise NotImplementedError
+
+    def up(self, latents: Tensor) -> Tensor:
+        """Map latents (..., rank) to (..., out)."""
+        raise NotImplementedError
+
     def factors(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
         """Return u (out, rank) and v (rank, in), the product of which is the layer's weight.
 
@@ -97,6 +133,7 @@ class LowRankLinear(CompressedLinear):
     It costs k (in + out) multiplications a token instead of in × out.
     """
 
+    DOWN: ClassVar[str | None] = "v"
     u: nn.Parameter
     v: nn.Parameter
 
@@ -125,9 +162,13 @@ class LowRankLinear(CompressedLinear):
         layer.bias = None if bias is None else nn.Parameter(bias)
         return layer
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map x (..., in) to (..., out)."""
-        return F.linear(F.linear(x, self.v), self.u, self.bias)
+    def down(self, x: Tensor) -> Tensor:
+        """Map x (..., in) to its latents (..., rank)."""
+        return product(x, self.v) if self.shared is None else self.shared.latents(self, x)
+
+    def up(self, latents: Tensor) -> Tensor:
+        """Map latents (..., rank) to (..., out)."""
+        return product(latents, self.u, self.bias)
 
     @staticmethod
     def pack(u: Tensor, v: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -13,9 +13,8 @@ from typing import ClassVar
 import scipy.linalg
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from aasvd.lowrank import CompressedLinear, Layout
+from aasvd.lowrank import CompressedLinear, Layout, product
 from aasvd.rounding import refit, round_with_feedback
 
 # Largest coefficient. Swapping a pivot for a row with a larger one multiplies |det Q_pivots| by it, so swaps
@@ -112,6 +111,7 @@ class PivotedLinear(CompressedLinear):
     """
 
     OVERHEAD: ClassVar[tuple[str, ...]] = ("order",)
+    DOWN: ClassVar[str | None] = "rows"
 
     rows: Tensor
     coefficients: Tensor
@@ -150,26 +150,28 @@ class PivotedLinear(CompressedLinear):
         complete = name != "order" or torch.equal(value.sort().values, places)
         return None if complete else f"is not an order of the numbers 0 to {len(value) - 1}"
 
-    def matrices(self, _dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return rows and coefficients as a pass in a float type needs them."""
-        return self.rows, self.coefficients
+    def coefficients_in(self, _dtype: torch.dtype) -> Tensor:
+        """Return the coefficients as a pass in a float type needs them."""
+        return self.coefficients
 
     def factors(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
         """Return u (out, rank), the identity in the pivots' rows, and v (rank, in) with weight u v."""
-        rows, coefficients = self.matrices(dtype)
-        return self._ordered(coefficients), rows
+        return self._ordered(self.coefficients_in(dtype)), self.rows
 
     def _ordered(self, coefficients: Tensor) -> Tensor:
         identity = torch.eye(self.rank, device=coefficients.device, dtype=coefficients.dtype)
         return torch.cat((identity, coefficients)).index_select(0, self.order)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map x (..., in) to (..., out)."""
-        rows, coefficients = self.matrices(x.dtype)
-        latents = F.linear(x, rows)
+    def down(self, x: Tensor) -> Tensor:
+        """Map x (..., in) to its latents (..., rank): the outputs of the pivots' rows."""
+        return product(x, self.rows) if self.shared is None else self.shared.latents(self, x)
+
+    def up(self, latents: Tensor) -> Tensor:
+        """Map latents (..., rank) to (..., out)."""
+        coefficients = self.coefficients_in(latents.dtype)
         # Ordering rank rows of the weight once costs less than ordering the outputs of that many tokens,
         # which are strided; a compiler makes one kernel of the latter, and keeps one graph for any length.
-        if not torch.compiler.is_compiling() and x.shape[:-1].numel() > self.rank:
-            return F.linear(latents, self._ordered(coefficients), self.bias)
-        outputs = torch.cat((latents, F.linear(latents, coefficients)), -1).index_select(-1, self.order)
+        if not torch.compiler.is_compiling() and latents.shape[:-1].numel() > self.rank:
+            return product(latents, self._ordered(coefficients), self.bias)
+        outputs = torch.cat((latents, product(latents, coefficients)), -1).index_select(-1, self.order)
         return outputs if self.bias is None else outputs + self.bias

@@ -79,8 +79,17 @@ class _ExpandedLinear(CompressedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (..., in) to (..., out)."""
+        # Both factors expanded once, where `down` and `up` would do it twice.
         u, v = self.factors(x.dtype)
         return F.linear(F.linear(x, v), u, self.bias)
+
+    def down(self, x: Tensor) -> Tensor:
+        """Map x (..., in) to its latents (..., rank)."""
+        return F.linear(x, self.factors(x.dtype)[1])
+
+    def up(self, latents: Tensor) -> Tensor:
+        """Map latents (..., rank) to (..., out)."""
+        return F.linear(latents, self.factors(latents.dtype)[0], self.bias)
 
 
 class Int8LowRankLinear(_ExpandedLinear):
@@ -117,6 +126,7 @@ class Int8PivotedLinear(PivotedLinear):
     """Pivots' rows and coefficients in int8; `scales` (2, k): those of rows, of coefficients' columns."""
 
     OVERHEAD = ("order", "scales")
+    DOWN = None
     scales: Tensor
 
     @staticmethod
@@ -149,10 +159,17 @@ class Int8PivotedLinear(PivotedLinear):
         """Say so if scales are not positive or `order` is not an order of all rows."""
         return _scales_problem(value) if name == "scales" else PivotedLinear.problem(name, value)
 
-    def matrices(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return rows and coefficients expanded."""
-        coefficients = _expanded(self.coefficients.mT, self.scales[1], dtype).mT
-        return _expanded(self.rows, self.scales[0], dtype), coefficients
+    def coefficients_in(self, dtype: torch.dtype) -> Tensor:
+        """Return the coefficients expanded."""
+        return _expanded(self.coefficients.mT, self.scales[1], dtype).mT
+
+    def factors(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+        """Return u and v with everything expanded."""
+        return self._ordered(self.coefficients_in(dtype)), _expanded(self.rows, self.scales[0], dtype)
+
+    def down(self, x: Tensor) -> Tensor:
+        """Map x (..., in) to its latents (..., rank)."""
+        return F.linear(x, _expanded(self.rows, self.scales[0], x.dtype))
 
 
 def dynamic_code_book() -> Tensor:

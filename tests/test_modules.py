@@ -27,6 +27,8 @@ ORDER = [
     "capture",
     "layers",
     "blocks",
+    "fusion",
+    "latents",
     "refine",
     "compress",
     "checkpoint",
@@ -45,6 +47,9 @@ ORDER = [
     "versioning",
     "stale",
     "bench",
+    "bench_inference",
+    "export",
+    "vllm_plugin",
 ]
 
 

@@ -1,0 +1,363 @@
+"""Measure inference, dense against compressed: `make bench-inference`, or `python -m aasvd.bench_inference`.
+
+Models are built from a configuration with random weights and factors of the ranks that a run at each ratio
+gives; speed does not depend on the values. Every repetition measures all of them in turn, so that whatever
+else the machine does hits all alike; the medians of one run are compared, never of two.
+
+"Linears alone" is the roofline: the linears of the blocks called one after the other on inputs of the same
+shapes, in the same repetition. What they gain over the dense ones is all that a forward pass can gain.
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
+
+from aasvd.artifacts import replacing
+from aasvd.formats import FORMATS, replace_linears
+from aasvd.fusion import fuse
+from aasvd.lowrank import CompressedLinear
+from aasvd.rank import uniform_rank
+from aasvd.stages import compute_device, versions
+
+RATIOS = (0.8, 0.6, 0.4)
+_LLAMA7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32}
+
+
+def smollm2() -> PreTrainedConfig:
+    """Return the configuration of SmolLM2-135M."""
+    return LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        max_position_embeddings=8192,
+        rope_parameters={"rope_type": "default", "rope_theta": 100_000.0},
+        tie_word_embeddings=True,
+    )
+
+
+def llama7b_block() -> PreTrainedConfig:
+    """Return the configuration of one block of LLaMA-7B, with next to no vocabulary around it."""
+    return LlamaConfig(**_LLAMA7B, vocab_size=64, num_hidden_layers=1)
+
+
+def tiny() -> PreTrainedConfig:
+    """Return a configuration of no size, to see whether everything runs."""
+    return LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2
+    )
+
+
+class Setting(NamedTuple):
+    """What one table measures.
+
+    Attributes:
+        name: Name of the model.
+        config: Its configuration.
+        dtype: Float type of weights and activations.
+        batch: Sequences.
+        tokens: Length of the prompts.
+        new: Tokens generated after them; 0 leaves decoding out.
+        storage: Format of the compressed models.
+    """
+
+    name: str
+    config: PreTrainedConfig
+    dtype: torch.dtype
+    batch: int
+    tokens: int
+    new: int
+    storage: str
+
+
+def build(config: PreTrainedConfig, *, ratio: float | None, storage: str, dtype: torch.dtype) -> Any:
+    """Return a model with random weights on the host, dense (ratio None) or compressed."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    if ratio is not None:
+        ranks = {}
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Linear) and module is not model.get_output_embeddings():
+                rank = uniform_rank(
+                    module.out_features, module.in_features, parameter_ratio=ratio, storage=storage
+                )
+                if rank is not None:
+                    ranks[name] = rank
+        replace_linears(model, ranks, storage=storage)
+    generator = torch.Generator().manual_seed(0)
+    with torch.device("cpu"):
+        state = {
+            name: (torch.randn(parameter.shape, generator=generator) * parameter.shape[-1] ** -0.5).to(dtype)
+            if parameter.ndim > 1
+            else torch.ones(parameter.shape, dtype=dtype)
+            for name, parameter in model.named_parameters()
+        }
+        rotary = type(model.model.rotary_emb)(config)
+        state |= {name: _codes(name, buffer, generator) for name, buffer in _stored_buffers(model).items()}
+    model.load_state_dict(state, strict=False, assign=True)
+    model.model.rotary_emb = rotary
+    model.tie_weights()
+    return model.eval()
+
+
+def _stored_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Return the buffers of compressed linears by name."""
+    return {
+        f"{name}.{key}": buffer
+        for name, module in model.named_modules()
+        if isinstance(module, CompressedLinear)
+        for key, buffer in module.named_buffers()
+    }
+
+
+def _codes(name: str, buffer: Tensor, generator: torch.Generator) -> Tensor:
+    """Return random contents for a buffer of a compressed linear, of the kind that packing gives."""
+    leaf = name.rpartition(".")[2]
+    if leaf == "order":
+        return torch.randperm(len(buffer), generator=generator).to(buffer.dtype)
+    if buffer.dtype == torch.int8:
+        return torch.randint(-127, 128, buffer.shape, generator=generator, dtype=torch.int8)
+    # Bits of float16: scales, and slots, which hold either such numbers or any bytes.
+    values = (
+        torch.full(buffer.shape, 1e-3) if leaf == "scales" else torch.rand(buffer.shape, generator=generator)
+    )
+    return values.half().view(torch.int16)
+
+
+def linears(model: Any) -> list[nn.Linear | CompressedLinear]:
+    """Return the linears inside a model's blocks, dense or low-rank."""
+    head = model.get_output_embeddings()
+    return [m for m in model.modules() if isinstance(m, nn.Linear | CompressedLinear) and m is not head]
+
+
+def resident_bytes(model: nn.Module) -> int:
+    """Return the bytes of a model's weights in memory, shared memory counted once."""
+    tensors = [*model.parameters(), *_stored_buffers(model).values()]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())
+
+
+def prefill(model: Any, prompt: Tensor) -> tuple[float, Any]:
+    """Return the seconds of a pass over prompts (batch, tokens) as `generate` makes it, and its cache."""
+    start = _now(prompt.device)
+    output = model(prompt, use_cache=True, logits_to_keep=1)
+    return _now(prompt.device) - start, output.past_key_values
+
+
+def decode(model: Any, cache: Any, prompt: Tensor, new: int) -> float:
+    """Return the seconds of generating tokens one by one after prompts."""
+    token = prompt[:, -1:]
+    start = _now(prompt.device)
+    for _ in range(new):
+        output = model(token, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        token = output.logits[:, -1:].argmax(-1)
+    return _now(prompt.device) - start
+
+
+def linears_alone(model: nn.Module, tokens: int) -> Callable[[torch.device], float]:
+    """Return a function that times a model's linears alone, on inputs of their own."""
+    modules = linears(model)
+    like = next(model.parameters())
+    widths = {module.in_features for module in modules}
+    inputs = {width: torch.randn(1, tokens, width, device=like.device, dtype=like.dtype) for width in widths}
+
+    def seconds(device: torch.device) -> float:
+        start = _now(device)
+        for module in modules:
+            module(inputs[module.in_features])
+        return _now(device) - start
+
+    return seconds
+
+
+def measure(setting: Setting, *, device: torch.device, repeats: int, compiled: bool) -> list[dict[str, Any]]:
+    """Measure the dense model and a storage at every ratio, and return a row for each."""
+    variants: dict[str, Any] = {}
+    rows: dict[str, dict[str, Any]] = {}
+    for ratio in (None, *RATIOS):
+        model = build(setting.config, ratio=ratio, storage=setting.storage, dtype=setting.dtype).to(device)
+        if ratio is not None:
+            fuse(model)
+        name = "dense" if ratio is None else f"{setting.storage} {ratio}"
+        variants[name] = model
+        rows[name] = {"variant": name, "resident_bytes": resident_bytes(model)}
+        if compiled:
+            variants[f"{name} compiled"] = torch.compile(model, dynamic=True)
+            rows[f"{name} compiled"] = {
+                "variant": f"{name} compiled",
+                "resident_bytes": resident_bytes(model),
+            }
+    generator = torch.Generator().manual_seed(1)
+    shape = (setting.batch, setting.tokens)
+    prompt = torch.randint(setting.config.vocab_size, shape, generator=generator).to(device)
+    tokens = setting.batch * setting.tokens
+    floors = {
+        name: linears_alone(model, tokens)
+        for name, model in variants.items()
+        if not name.endswith("compiled")
+    }
+    times: dict[str, dict[str, list[float]]] = {name: {} for name in variants}
+    peaks = dict.fromkeys(variants, 0.0)
+    for repeat in range(repeats + 1):
+        for name, model in variants.items():
+            found = {}
+            with _peak(device) as peak:
+                found["prefill"], cache = prefill(model, prompt)
+                if setting.new:
+                    found["decode"] = decode(model, cache, prompt, setting.new)
+                del cache
+            peaks[name] = max(peaks[name], rows[name]["resident_bytes"] + peak())
+            if name in floors:
+                found["linears"] = floors[name](device)
+            # The first repetition warms up.
+            for key, seconds in found.items() if repeat else ():
+                times[name].setdefault(key, []).append(seconds)
+    for name, row in rows.items():
+        middle = {key: statistics.median(seconds) for key, seconds in times[name].items()}
+        row["seconds"] = times[name]
+        row["peak_bytes"] = peaks[name]
+        row["prefill_tokens_per_second"] = tokens / middle["prefill"]
+        if "linears" in middle:
+            row["linears_tokens_per_second"] = tokens / middle["linears"]
+            # Of the time of a prefill; the rest is attention, norms, activations and Python.
+            row["linears_share"] = middle["linears"] / middle["prefill"]
+        if setting.new:
+            row["decode_tokens_per_second"] = setting.batch * setting.new / middle["decode"]
+    dense = rows["dense"]
+    for row in rows.values():
+        row["ratios"] = {
+            key: row[key] / dense[key]
+            for key in (*_SPEEDS, "resident_bytes", "peak_bytes")
+            if key in row and dense.get(key)
+        }
+    return list(rows.values())
+
+
+_SPEEDS = ("prefill_tokens_per_second", "linears_tokens_per_second", "decode_tokens_per_second")
+
+
+def table(setting: Setting, rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return the rows of one setting as text; a number in brackets is the ratio to dense."""
+    heads = ("prefill tok/s", "linears alone", "decode tok/s", "weights MB", "peak MB")
+    keys = (*_SPEEDS, "resident_bytes", "peak_bytes")
+    dtype = str(setting.dtype).removeprefix("torch.")
+    lines = [f"\n{setting.name}, {dtype}, batch {setting.batch} x {setting.tokens} tokens"]
+    lines.append(f"  {'':<24}" + "".join(f"{head:>20}" for head in heads) + f"{'in linears':>12}")
+    for row in rows:
+        cells = []
+        for key in keys:
+            if key not in row or not math.isfinite(row[key]):
+                cells.append(f"{'':>20}")
+                continue
+            value = row[key] / 2**20 if key.endswith("bytes") else row[key]
+            ratio = f"({row['ratios'][key]:.2f})" if key in row["ratios"] else ""
+            cells.append(f"{f'{value:,.1f} {ratio:>6}':>20}")
+        share = f"{row['linears_share']:>12.0%}" if "linears_share" in row else ""
+        lines.append(f"  {row['variant']:<24}" + "".join(cells) + share)
+    return "\n".join(lines)
+
+
+def settings(*, config: PreTrainedConfig | None, quick: bool, formats: Sequence[str]) -> list[Setting]:
+    """Return what a run measures: SmolLM2 (or `config`) at batch 1 and 8, and a block of LLaMA-7B."""
+    if quick:
+        return [Setting("tiny", tiny(), torch.float32, 2, 16, 4, storage) for storage in formats]
+    name, model = ("SmolLM2-135M", smollm2()) if config is None else (config.model_type, config)
+    return [
+        Setting(*shape, storage)
+        for dtype in (torch.float32, torch.bfloat16)
+        for shape in (
+            (name, model, dtype, 1, 512, 32),
+            (name, model, dtype, 8, 512, 32),
+            ("LLaMA-7B block", llama7b_block(), dtype, 1, 512, 0),
+        )
+        for storage in formats
+    ]
+
+
+def _now(device: torch.device) -> float:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return time.perf_counter()
+
+
+@contextlib.contextmanager
+def _peak(device: torch.device) -> Iterator[Callable[[], float]]:
+    """Yield a function that returns by how many bytes memory in use grew at most; NaN where unknown."""
+    status, clear = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    if device.type != "cpu":
+        torch.accelerator.reset_peak_memory_stats(device)
+        before = torch.accelerator.memory_allocated(device)
+        yield lambda: float(torch.accelerator.max_memory_allocated(device) - before)
+    elif status.exists() and os.access(clear, os.W_OK):
+        # The weights of all models are resident: what a call adds is its own.
+        clear.write_text("5")
+        before = _status(status, "VmRSS")
+        yield lambda: float(_status(status, "VmHWM") - before)
+    else:
+        yield lambda: math.nan
+
+
+def _status(path: Path, key: str) -> int:
+    line = next(line for line in path.read_text().splitlines() if line.startswith(key))
+    return int(line.split()[1]) * 1024
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run every setting, print its table, and save all as JSON."""
+    parser = argparse.ArgumentParser(prog="python -m aasvd.bench_inference", description=__doc__)
+    parser.add_argument("--config", type=Path, help="folder with the config.json of another model")
+    parser.add_argument("--output", type=Path, default=Path("results/bench_inference.json"))
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--formats", nargs="+", choices=list(FORMATS), default=list(FORMATS))
+    parser.add_argument("--compile", action="store_true", help="also with torch.compile")
+    parser.add_argument("--only", default="", help="settings whose name contains this: 'bfloat16, batch 1'")
+    parser.add_argument("--quick", action="store_true", help="a model of no size, to see that it runs")
+    options = parser.parse_args(arguments)
+    config = None if options.config is None else AutoConfig.from_pretrained(options.config)
+    device = compute_device()
+    result: dict[str, Any] = {
+        "device": str(device),
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+        "settings": [],
+    }
+    for setting in settings(config=config, quick=options.quick, formats=options.formats):
+        if options.only not in table(setting, []).splitlines()[1]:
+            continue
+        with torch.no_grad():
+            rows = measure(setting, device=device, repeats=options.repeats, compiled=options.compile)
+        sys.stdout.write(table(setting, rows) + "\n")
+        sys.stdout.flush()
+        result["settings"].append(
+            {
+                "model": setting.name,
+                "dtype": str(setting.dtype).removeprefix("torch."),
+                "batch": setting.batch,
+                "tokens": setting.tokens,
+                "new_tokens": setting.new,
+                "storage": setting.storage,
+                "rows": [{k: v for k, v in row.items() if v == v} for row in rows],
+            }
+        )
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(options.output) as temporary:
+        temporary.write_text(json.dumps(result, indent=2) + "\n")
+    sys.stdout.write(f"\nnumbers in brackets: ratio to dense; saved in {options.output}\n")
+
+
+if __name__ == "__main__":
+    main()

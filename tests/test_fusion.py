@@ -1,0 +1,150 @@
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from architectures import TINY
+from test_checkpoint import Written, files, load, tokens
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from aasvd.fusion import Stacked, fuse, unfuse
+from aasvd.lowrank import LowRankLinear
+
+# What each architecture's blocks share, nothing where projections are fused already.
+SHARED = {
+    "llama": [["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj"]],
+    "opt": [["q_proj", "k_proj", "v_proj"]],
+    "phi3": [],
+    # Attention and feed-forward read the outputs of different norms.
+    "gpt_neox": [],
+}
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Written:
+    return Written(tmp_path_factory.mktemp("llama"), "llama")
+
+
+def layers(model: PreTrainedModel) -> dict[str, LowRankLinear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
+
+
+def logits(model: PreTrainedModel, ids: Tensor | None = None) -> Tensor:
+    with torch.no_grad():
+        return model(tokens() if ids is None else ids).logits
+
+
+@pytest.mark.parametrize("architecture", list(TINY))
+def test_groups_are_found_in_every_model(architecture: str, tmp_path: Path) -> None:
+    model = load(Written(tmp_path, architecture).folder)
+    found = [[name.rpartition(".")[2] for name in names] for names in fuse(model)]
+    assert found == SHARED.get(architecture, SHARED["llama"]) * model.config.num_hidden_layers
+    fused = logits(model), logits(model, tokens()[:1, :1])
+    unfuse(model)
+    # The same sums in another order.
+    torch.testing.assert_close(fused, (logits(model), logits(model, tokens()[:1, :1])), rtol=0, atol=2e-5)
+
+
+def test_loading_fuses_and_saving_gives_the_same_bytes(llama: Written, tmp_path: Path) -> None:
+    model = load(llama.folder)
+    shared = {name.rpartition(".")[2] for name, layer in layers(model).items() if layer.shared is not None}
+    assert shared == {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"}
+    model.save_pretrained(tmp_path)
+    assert files(tmp_path) == files(llama.folder)
+    # Nothing is stored twice: what the parameters need is what their memory holds.
+    storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}
+    assert sum(storages.values()) == sum(p.nbytes for p in model.parameters())
+
+
+def pair() -> tuple[LowRankLinear, LowRankLinear, Stacked]:
+    generator = torch.Generator().manual_seed(0)
+    made = [
+        LowRankLinear.from_factors(
+            torch.randn(6, rank, generator=generator), torch.randn(rank, 8, generator=generator)
+        )
+        for rank in (3, 2)
+    ]
+    return *made, Stacked(made)
+
+
+@torch.no_grad()
+def test_one_product_serves_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second, _ = pair()
+    calls = []
+    product = torch.nn.functional.linear
+    monkeypatch.setattr("aasvd.fusion.product", lambda x, w: calls.append(w.shape) or product(x, w))
+    x = torch.randn(4, 8)
+    torch.testing.assert_close(first(x), x @ first.dense().T)
+    torch.testing.assert_close(second(x), x @ second.dense().T)
+    assert calls == [(5, 8)]
+
+
+@torch.no_grad()
+def test_what_is_remembered_is_never_stale() -> None:
+    first, second, _ = pair()
+    x = torch.randn(4, 8)
+    first(x)
+    x.mul_(2)
+    torch.testing.assert_close(second(x), x @ second.dense().T)
+    first(x)
+    torch.testing.assert_close(second(x + 1), (x + 1) @ second.dense().T)
+    first(x)
+    first.v.mul_(3)  # the stack is the same memory, but its latents were computed before
+    torch.testing.assert_close(first(x.clone()), x @ first.dense().T)
+
+
+@torch.no_grad()
+def test_activations_are_let_go() -> None:
+    first, second, stacked = pair()
+    x = torch.randn(4, 8)
+    first(x)
+    assert stacked._latest is not None
+    second(x)
+    assert stacked._latest is None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer: setattr(layer, "v", torch.nn.Parameter(2 * layer.v.detach())),
+        lambda layer: setattr(layer.v, "data", 2 * layer.v.data),
+        lambda layer: layer.to(torch.float64),
+        lambda layer: layer.load_state_dict({k: 2 * v for k, v in layer.state_dict().items()}, assign=True),
+    ],
+)
+def test_replaced_parameters_are_used(change) -> None:
+    first, second, _ = pair()
+    change(second)
+    with torch.no_grad():
+        for layer in (first, second):
+            x = torch.randn(4, 8, dtype=layer.v.dtype)
+            first(x.to(first.v.dtype))
+            torch.testing.assert_close(layer(x), x @ layer.dense().T)
+    assert second.shared is None or first.shared is None
+
+
+def test_gradients_reach_every_factor(llama: Written) -> None:
+    model = load(llama.folder)
+    reference = load(llama.folder)
+    unfuse(reference)
+    for each in (model, reference):
+        each(tokens(), labels=tokens()).loss.backward()
+    for (name, found), expected in zip(model.named_parameters(), reference.parameters(), strict=True):
+        assert torch.equal(found.grad, expected.grad), name
+
+
+def test_inference_mode_and_copies(llama: Written) -> None:
+    model = load(llama.folder)
+    expected = logits(model)
+    with torch.inference_mode():
+        torch.testing.assert_close(model(tokens()).logits, expected, rtol=0, atol=2e-5)
+    torch.testing.assert_close(logits(copy.deepcopy(model)), expected, rtol=0, atol=2e-5)
+
+
+def test_casting_then_fusing_again(llama: Written) -> None:
+    model = load(llama.folder).to(torch.float64)
+    logits(model)
+    assert all(layer.shared is None for name, layer in layers(model).items())
+    assert len(fuse(model)) == 4
+    assert torch.isfinite(logits(model)).all()

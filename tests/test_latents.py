@@ -1,0 +1,203 @@
+import copy
+import gc
+
+import pytest
+import torch
+from architectures import tiny_config, tiny_model
+from test_checkpoint import factor
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+
+from aasvd.formats import replace_linears
+from aasvd.fusion import fuse
+from aasvd.latents import LatentCache, cache_bytes_per_token, plan
+
+# Of a width of 16 (32 with heads of 16).
+RANK = 5
+
+
+def low_rank(name: str, rank: int = RANK, **changes: object) -> PreTrainedModel:
+    """Return a tiny model with every linear of its blocks factored; `changes` are to its config."""
+    model = tiny_model(name)
+    if changes:
+        config = tiny_config(name)
+        for key, value in changes.items():
+            setattr(config, key, value)
+        state = model.state_dict()
+        model = AutoModelForCausalLM.from_config(config).eval()
+        model.load_state_dict(state)
+    names = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and ".layers." in n]
+    state = factor(model, dict.fromkeys(names, rank))
+    replace_linears(model, dict.fromkeys(names, rank), storage="factors")
+    model.load_state_dict(state, strict=False)
+    return model
+
+
+MODELS = {
+    "llama": {},
+    "mistral": {"sliding_window": None},
+    "qwen2": {},
+    "qwen3": {},
+    "gemma3": {},
+    "opt": {},
+}
+
+
+@pytest.fixture(scope="module", params=list(MODELS))
+def model(request: pytest.FixtureRequest) -> PreTrainedModel:
+    return low_rank(request.param, **MODELS[request.param])
+
+
+def prompts(sequences: int, tokens: int = 20) -> dict[str, torch.Tensor]:
+    """Return prompts; the second is padded on its left."""
+    ids = torch.randint(3, 128, (sequences, tokens), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[1:, :7] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def generate(model: PreTrainedModel, cache: DynamicCache, sequences: int, new: int, **arguments: object):
+    return model.generate(
+        **prompts(sequences), past_key_values=cache, min_new_tokens=new, max_new_tokens=new, **arguments
+    )
+
+
+def assert_same_tokens(model: PreTrainedModel, sequences: int, new: int) -> None:
+    expected = generate(model, DynamicCache(config=model.config), sequences, new)
+    assert torch.equal(generate(model, LatentCache(model), sequences, new), expected)
+    assert expected.shape == (sequences, 20 + new)
+    if model.config.model_type != "opt":  # which says one token for ever
+        assert len(set(expected[0, 20:].tolist())) > 1
+
+
+def test_greedy_tokens_are_those_of_the_ordinary_cache(model: PreTrainedModel) -> None:
+    # OPT's positions are a table of 128.
+    assert_same_tokens(model, 2, {"gemma3_text": 64, "opt": 64}.get(model.config.model_type, 256))
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_greedy_tokens_of_one_sequence(name: str) -> None:
+    assert_same_tokens(low_rank(name), 1, 256)
+
+
+def test_bytes_are_as_counted(model: PreTrainedModel) -> None:
+    counts = cache_bytes_per_token(model)
+    assert counts["latents"] < counts["ordinary"]
+    cache, ordinary = LatentCache(model), DynamicCache(config=model.config)
+    ids = prompts(1, tokens=7)["input_ids"]  # within the sliding window of 8
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        model(ids, past_key_values=ordinary)
+    assert cache.bytes_in_use() == 7 * counts["latents"]
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in ordinary.layers)
+    assert held == 7 * counts["ordinary"]
+
+
+def test_bytes_of_a_llama() -> None:
+    # Two layers, each five latents for keys and five for values, not 16 each; 8 cosines and 8 sines.
+    assert cache_bytes_per_token(low_rank("llama")) == {
+        "ordinary": 2 * (16 + 16) * 4,
+        "latents": (2 * (5 + 5) + 16) * 4,
+    }
+
+
+def test_logits_are_those_of_the_ordinary_cache_in_chunks(model: PreTrainedModel) -> None:
+    cache, ordinary = LatentCache(model), DynamicCache(config=model.config)
+    ids = prompts(2)["input_ids"]
+    with torch.no_grad():
+        for chunk in ids.split([9, 1, 1, 6, 3], dim=1):
+            found = model(chunk, past_key_values=cache).logits
+            expected = model(chunk, past_key_values=ordinary).logits
+            # The same sums in another order, through two layers.
+            torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("sequences", [1, 2])
+def test_beam_search(sequences: int) -> None:
+    model = low_rank("llama")
+    arguments = {"num_beams": 3, "num_return_sequences": 2}
+    expected = generate(model, DynamicCache(config=model.config), sequences, 16, **arguments)
+    assert torch.equal(generate(model, LatentCache(model), sequences, 16, **arguments), expected)
+
+
+def test_assisted_generation_crops() -> None:
+    model, assistant = low_rank("llama"), tiny_model("llama", seed=3)
+    expected = generate(model, DynamicCache(config=model.config), 1, 32)
+    assert torch.equal(generate(model, LatentCache(model), 1, 32, assistant_model=assistant), expected)
+
+
+def test_reset_copy_and_several_caches_of_one_model() -> None:
+    model = low_rank("qwen3")
+    ids = prompts(2)["input_ids"]
+    with torch.no_grad():
+        first, second = LatentCache(model), LatentCache(model)
+        model(ids[:, :8], past_key_values=first)
+        model(ids[:, 3:9], past_key_values=second)
+        copied = copy.deepcopy(first)
+        assert copied.layers[0]._attention is model.model.layers[0].self_attn
+        logits = [model(ids[:, 8:9], past_key_values=cache).logits for cache in (first, copied)]
+        assert torch.equal(*logits)
+        assert (first.get_seq_length(), second.get_seq_length()) == (9, 6)
+        second.reset()
+        assert second.bytes_in_use() == 0
+        model(ids[:, :8], past_key_values=second)
+        assert torch.equal(model(ids[:, 8:9], past_key_values=second).logits, logits[0])
+
+
+def test_fused_linears() -> None:
+    model = low_rank("llama")
+    expected = generate(model, DynamicCache(config=model.config), 2, 64)
+    fuse(model)
+    assert torch.equal(generate(model, LatentCache(model), 2, 64), expected)
+
+
+def test_hooks_go_with_the_cache() -> None:
+    model = low_rank("llama")
+    attention = model.model.layers[0].self_attn
+    cache = LatentCache(model)
+    assert attention._forward_pre_hooks and attention.k_proj._forward_pre_hooks
+    del cache
+    gc.collect()
+    assert not attention._forward_pre_hooks and not attention.k_proj._forward_pre_hooks
+
+
+def test_layers_decide_for_themselves() -> None:
+    reasons = [decision.reason for decision in plan(low_rank("gemma3"))]
+    assert reasons == ["sliding window", "", "sliding window"]
+    model = low_rank("llama")
+    full = tiny_model("llama").model.layers[1].self_attn
+    model.model.layers[1].self_attn.k_proj = full.k_proj
+    decisions = plan(model)
+    assert [(d.keys, d.values, d.width, d.saves) for d in decisions] == [(5, 5, 16, True), (16, 5, 16, True)]
+    expected = generate(model, DynamicCache(config=model.config), 2, 64)
+    assert torch.equal(generate(model, LatentCache(model), 2, 64), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "rank", "message"),
+    [
+        ("mistral", RANK, "saves nothing for MistralForCausalLM: sliding window"),
+        ("llama", 16, "saves nothing for LlamaForCausalLM: no rank is below the width"),
+        # 4 * 15 latents and 16 cosines and sines are more than 4 * 16.
+        ("llama", 15, "takes 304 bytes per token, the ordinary one 256"),
+        ("phi3", RANK, "Phi3ForCausalLM has 0 attention modules with k_proj and v_proj for 2 layers"),
+        ("gpt_neox", RANK, "GPTNeoXForCausalLM has 0 attention modules"),
+    ],
+)
+def test_where_it_does_not_apply(name: str, rank: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LatentCache(low_rank(name, rank))
+
+
+def test_attention_that_is_not_known() -> None:
+    model = low_rank("llama")
+    cache = LatentCache(model)
+    # An attention module that scales its keys, as some do.
+    model.model.layers[0].self_attn.k_proj.register_forward_hook(lambda _m, _i, output: 2 * output)
+    with pytest.raises(ValueError, match="LlamaAttention makes its keys or values in a way that"):
+        model(prompts(1)["input_ids"], past_key_values=cache)
+
+
+def test_cache_of_another_model() -> None:
+    cache = LatentCache(low_rank("llama"))
+    with pytest.raises(ValueError, match="is not of the model that this LatentCache was made for"):
+        low_rank("llama")(prompts(1)["input_ids"], past_key_values=cache)
