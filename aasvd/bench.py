@@ -38,6 +38,7 @@ BENCHMARKS: dict[str, dict[str, Any]] = {
             "epochs": 25,
             "steps": 0,
             "batch": 8,
+            "optimizer": "adamw",
             "learning_rate": 1e-4,
             "shuffle": False,
             "loss": "mse",

@@ -18,6 +18,7 @@ from aasvd.artifacts import Activations
 
 WARM_UP = 0.1  # share of the steps with a rising learning rate
 FLOOR = 0.1  # final learning rate, relative to its peak
+_MOMENTUM = 0.9  # of Muon; its default of 0.95 looks back over half of a short refinement
 
 
 class Recipe(NamedTuple):
@@ -28,7 +29,9 @@ class Recipe(NamedTuple):
         steps: Most steps taken, however many the epochs have; 0 for no limit. With more sequences than these
             steps visit, later epochs are left out: other text teaches more than the same text again.
         batch: Sequences per step.
-        learning_rate: Peak learning rate of AdamW.
+        optimizer: `adamw` for all parameters (the paper's), or `muon`: Muon for factors and other matrices,
+            AdamW for norms and biases.
+        learning_rate: Peak learning rate; Muon's updates are scaled to the size of AdamW's.
         weight_decay: Decoupled weight decay.
         clip: Largest global gradient norm.
         shuffle: Whether each epoch visits the sequences in a new order.
@@ -39,6 +42,7 @@ class Recipe(NamedTuple):
     epochs: int
     steps: int
     batch: int
+    optimizer: str
     learning_rate: float
     weight_decay: float
     clip: float
@@ -93,9 +97,7 @@ def refine(
     # At float32 the block is its own working copy.
     working_block = block if dtype == torch.float32 else copy.deepcopy(block).to(dtype)
     working = list(working_block.parameters())
-    optimizer = torch.optim.AdamW(
-        masters, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True
-    )
+    optimizers = _optimizers(masters, recipe)
     per_epoch = math.ceil(len(inputs) / recipe.batch)
     steps = recipe.epochs * per_epoch
     if recipe.steps:
@@ -107,15 +109,16 @@ def refine(
         for step in range(start, min(start + per_epoch, steps)):
             place = (step - start) * recipe.batch
             sequences = order[place : place + recipe.batch]
-            for group in optimizer.param_groups:
+            for group in (group for optimizer in optimizers for group in optimizer.param_groups):
                 group["lr"] = recipe.learning_rate * schedule(step, steps)
             output = working_block(inputs.read(sequences).to(device, dtype), **arguments)
             loss = _loss(output.float(), targets.read(sequences).to(device).float(), recipe.loss)
             loss.backward()  # type: ignore[no-untyped-call]
             _move_gradients(working, masters)
             nn.utils.clip_grad_norm_(masters, recipe.clip)
-            optimizer.step()
-            optimizer.zero_grad()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
             _copy_weights(masters, working)
             value = loss.item()
             if not math.isfinite(value):
@@ -129,6 +132,25 @@ def refine(
         trace.append(total / seen)
     block.requires_grad_(False)
     return trace
+
+
+def _optimizers(masters: list[nn.Parameter], recipe: Recipe) -> list[torch.optim.Optimizer]:
+    """Return the optimizers of a recipe, which share its parameters among them.
+
+    Muon moves a matrix equally in all its directions instead of equally in all its entries. With few
+    calibration tokens that generalizes better (docs/refinement.md).
+    """
+    muon = [master for master in masters if recipe.optimizer == "muon" and master.ndim == 2]
+    adamw = [master for master in masters if recipe.optimizer != "muon" or master.ndim != 2]
+    common: dict[str, Any] = {"lr": recipe.learning_rate, "weight_decay": recipe.weight_decay}
+    optimizers: list[torch.optim.Optimizer] = []
+    if muon:
+        optimizers.append(
+            torch.optim.Muon(muon, momentum=_MOMENTUM, adjust_lr_fn="match_rms_adamw", **common)
+        )
+    if adamw:
+        optimizers.append(torch.optim.AdamW(adamw, fused=True, **common))
+    return optimizers
 
 
 def _loss(output: Tensor, target: Tensor, kind: str) -> Tensor:

@@ -16,7 +16,15 @@ from aasvd.compress import OBJECTIVES, Stream, capture_block, solve_block
 from aasvd.refine import Recipe, distortion, refine, schedule
 
 RECIPE = Recipe(
-    epochs=6, steps=0, batch=4, learning_rate=3e-3, weight_decay=0.01, clip=1.0, shuffle=True, loss="mse"
+    epochs=6,
+    steps=0,
+    batch=4,
+    optimizer="adamw",
+    learning_rate=3e-3,
+    weight_decay=0.01,
+    clip=1.0,
+    shuffle=True,
+    loss="mse",
 )
 EPS32 = torch.finfo(torch.float32).eps
 
@@ -154,6 +162,7 @@ def test_steps_are_those_of_adamw_written_by_hand(
         epochs=6,
         steps=0,
         batch=2,
+        optimizer="adamw",
         learning_rate=0.05,
         weight_decay=weight_decay,
         clip=clip,
@@ -222,14 +231,15 @@ def test_schedule_of_a_few_steps_starts_at_the_peak(steps: int) -> None:
 # What refinement does
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "opt", "gpt_neox"])
 def test_loss_falls_and_everything_moves(
-    task_of: Callable[[str, torch.dtype], Task], architecture: str, dtype: torch.dtype
+    task_of: Callable[[str, torch.dtype], Task], architecture: str, dtype: torch.dtype, optimizer: str
 ) -> None:
     task = task_of(architecture, dtype)
     before = state(task.block)
-    block, trace = task.refine()
+    block, trace = task.refine(RECIPE._replace(optimizer=optimizer))
     assert len(trace) == RECIPE.epochs and trace == sorted(trace, reverse=True)
     before_after = [task.distortion(block)["mse"] for block in (task.block, block)]
     assert before_after[1] < 0.95 * before_after[0]
@@ -242,6 +252,24 @@ def test_loss_falls_and_everything_moves(
         # is rounding, and it may move or not.
         if name != "self_attn.k_proj.bias":
             assert not torch.equal(tensor, before[name]), name
+
+
+def test_muon_moves_matrices_equally_in_all_directions(
+    task_of: Callable[[str, torch.dtype], Task],
+) -> None:
+    """One step changes a matrix by lr · 0.2 √max(m, n) times a nearly orthogonal matrix, norms by lr."""
+    task = task_of("llama", torch.float32)
+    recipe = RECIPE._replace(epochs=1, steps=1, optimizer="muon", weight_decay=0.0)
+    before, after = state(task.block), state(task.refine(recipe)[0])
+    for name, tensor in after.items():
+        change = (tensor - before[name]) / recipe.learning_rate
+        if tensor.ndim == 2:
+            sizes = torch.linalg.svdvals(change) / (0.2 * math.sqrt(max(tensor.shape)))
+            # Newton and Schulz's iteration leaves singular values between about 0.5 and 1.5; those of
+            # directions that hardly had a gradient are smaller.
+            assert sizes.max() < 1.6 and sizes.median() > 0.5, name
+        else:
+            torch.testing.assert_close(change.abs(), torch.ones_like(change), rtol=0, atol=1e-2)
 
 
 def test_a_limit_on_steps_ends_the_last_epoch_early(task_of: Callable[[str, torch.dtype], Task]) -> None:
@@ -286,7 +314,15 @@ def test_updates_below_the_resolution_of_bfloat16_are_not_lost(tmp_path: Path) -
     """Thirty steps of 3e-6 on weights of size one, where bfloat16 knows no number within 4e-3."""
     task = affine(tmp_path, torch.bfloat16)
     recipe = Recipe(
-        epochs=30, steps=0, batch=5, learning_rate=3e-6, weight_decay=0.0, clip=1e6, shuffle=False, loss="mse"
+        epochs=30,
+        steps=0,
+        batch=5,
+        optimizer="adamw",
+        learning_rate=3e-6,
+        weight_decay=0.0,
+        clip=1e6,
+        shuffle=False,
+        loss="mse",
     )
     before = state(task.block)
     block, trace = task.refine(recipe)
@@ -304,7 +340,15 @@ def test_loss_is_that_of_the_weights_as_they_will_be_used(tmp_path: Path) -> Non
     """The first loss is the bfloat16 block's own, and a later one that of the rounded master weights."""
     task = affine(tmp_path, torch.bfloat16)
     recipe = Recipe(
-        epochs=2, steps=0, batch=5, learning_rate=0.1, weight_decay=0.0, clip=1.0, shuffle=False, loss="mse"
+        epochs=2,
+        steps=0,
+        batch=5,
+        optimizer="adamw",
+        learning_rate=0.1,
+        weight_decay=0.0,
+        clip=1.0,
+        shuffle=False,
+        loss="mse",
     )
     _, trace = task.refine(recipe)
     assert trace[0] == pytest.approx(task.distortion(task.block)["mse"], rel=100 * EPS32)

@@ -32,6 +32,7 @@ REFINEMENT: dict[str, Any] = {
     "epochs": 1,
     "steps": 0,
     "batch": 2,
+    "optimizer": "muon",
     "learning_rate": 1e-3,
     "weight_decay": 0.01,
     "clip": 1.0,
