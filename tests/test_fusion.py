@@ -8,8 +8,10 @@ from test_checkpoint import Written, files, load, tokens
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from aasvd.formats import FORMATS
 from aasvd.fusion import Stacked, fuse, unfuse
-from aasvd.lowrank import LowRankLinear
+from aasvd.latents import LatentCache
+from aasvd.lowrank import CompressedLinear, LowRankLinear
 
 # What each architecture's blocks share, nothing where projections are fused already.
 SHARED = {
@@ -26,8 +28,8 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Written:
     return Written(tmp_path_factory.mktemp("llama"), "llama")
 
 
-def layers(model: PreTrainedModel) -> dict[str, LowRankLinear]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
+def layers(model: PreTrainedModel) -> dict[str, CompressedLinear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, CompressedLinear)}
 
 
 def logits(model: PreTrainedModel, ids: Tensor | None = None) -> Tensor:
@@ -148,3 +150,20 @@ def test_casting_then_fusing_again(llama: Written) -> None:
     assert all(layer.shared is None for name, layer in layers(model).items())
     assert len(fuse(model)) == 4
     assert torch.isfinite(logits(model)).all()
+
+
+@pytest.mark.parametrize("storage", list(FORMATS))
+def test_every_format_fuses_or_stays_as_it_is(storage: str, tmp_path: Path) -> None:
+    written = Written(tmp_path, "llama", storage=storage)
+    model = load(written.folder)
+    assert len(fuse(model)) == (4 if FORMATS[storage].DOWN else 0)
+    fused = logits(model)
+    unfuse(model)
+    torch.testing.assert_close(fused, logits(model), rtol=0, atol=2e-5)
+    model.save_pretrained(tmp_path / "saved")
+    assert files(tmp_path / "saved") == files(written.folder)
+    expected = model.generate(tokens(), max_new_tokens=32, min_new_tokens=32)
+    cached = model.generate(
+        tokens(), max_new_tokens=32, min_new_tokens=32, past_key_values=LatentCache(model)
+    )
+    assert torch.equal(cached, expected)
