@@ -18,14 +18,11 @@ def stale(config: params.Config) -> list[Path]:
     current: set[Path] = set()
     for name in dict.fromkeys([*config["runs"], *published]):
         match = params.RUN.fullmatch(name)
+        known = {*config["methods"], *config["variants"]}
         if (
             match is None
             or match["model"] not in config["models"]
-            or (match["variant"] or None)
-            not in [
-                None,
-                *config["variants"],
-            ]
+            or not known.issuperset(match["parts"].split("_")[1:])
         ):
             continue
         run = params.parse_run(config, name)

@@ -11,16 +11,23 @@ MODULES = [path for path in sorted(Path(aasvd.__file__).parent.glob("*.py")) if 
 
 # Each may import only those before it.
 ORDER = [
+    "methods",
     "params",
     "artifacts",
     "rank",
     "covariance",
     "solve",
+    "objectives",
+    "knapsack",
+    "allocation",
     "lowrank",
     "attention",
     "capture",
     "blocks",
+    "gradients",
+    "measures",
     "refine",
+    "adapt",
     "compress",
     "checkpoint",
     "sources",

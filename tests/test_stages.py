@@ -18,7 +18,13 @@ from aasvd.artifacts import DamagedArtifactError, read_tensors, verify
 
 CPU = torch.device("cpu")
 CALIBRATION: dict[str, Any] = {"dtype": "float32", "batch": 2}
-COMPRESSION: dict[str, Any] = {"objective": "anchored", "blend": 0.5, "ridge": 0.0}
+COMPRESSION: dict[str, Any] = {
+    "objective": "anchored",
+    "blend": 0.5,
+    "ridge": 0.0,
+    "allocation": "uniform",
+    "ranks_file": "",
+}
 REFINEMENT: dict[str, Any] = {
     "epochs": 1,
     "batch": 2,
@@ -61,6 +67,15 @@ class Chain:
         )
         count = json.loads(Path(self.path("outline.json")).read_text())["blocks"]
         assert isinstance(count, int)
+        stages.allocate(
+            outline=self.path("outline.json"),
+            measured={},
+            output=self.path("ranks.json"),
+            record=self.path("allocate.json"),
+            parameter_ratio=0.6,
+            compression=COMPRESSION,
+            log=self.log,
+        )
         for block in range(count):
             stages.capture_block(
                 source=self.path("source.json"),
@@ -80,10 +95,12 @@ class Chain:
             covariances=self.path(f"c{block}"),
             original=self.path(f"x{block}"),
             shifted=self.path(f"s{block}" if block else "x0"),
+            ranks=self.path("ranks.json"),
+            gradients=None,
+            buckets=None,
             output=self.path(f"solved{block}"),
             record=self.path(f"solve{block}.json"),
             index=block,
-            parameter_ratio=0.6,
             calibration=CALIBRATION,
             compression=COMPRESSION,
             log=self.log,
