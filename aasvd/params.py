@@ -75,6 +75,36 @@ def validate(config: Config) -> None:
         raise ValueError(f"params.yaml: {twice[0]} is both a method and a variant; rename one")
     for name in config["runs"]:
         parse_run(config, name)
+    for kind in ("methods", "variants"):
+        for name in config["comparison"][kind]:
+            choose(name, config[kind], kind[:-1])
+
+
+class Comparison(NamedTuple):
+    """One table: a model's runs, by method, variant and ratio."""
+
+    model: str
+    ratios: list[float]
+    runs: dict[tuple[str, str, str], Run]
+
+
+def parse_comparison(config: Config, name: str) -> Comparison:
+    """Return the runs of a comparison `<model>_r<ratio>[-<ratio>...]`.
+
+    Raises:
+        ValueError: If the name has another form, or a run in it is not possible.
+    """
+    model, separator, ratios = name.rpartition("_r")
+    if not separator:
+        raise ValueError(f"comparison {name!r} must have the form <model>_r<ratio>[-<ratio>...]")
+    settings = config["comparison"]
+    runs = {
+        (method, variant, ratio): parse_run(config, f"{model}_r{ratio}_{method}_{variant}")
+        for ratio in ratios.split("-")
+        for method in settings["methods"]
+        for variant in settings["variants"]
+    }
+    return Comparison(model, [float(ratio) for ratio in ratios.split("-")], runs)
 
 
 def _texts(section: Config) -> Iterable[str]:

@@ -35,6 +35,7 @@ from aasvd import (
     blocks,
     calibration,
     checkpoint,
+    comparison,
     compress,
     evaluate,
     gradients,
@@ -1005,6 +1006,52 @@ def publish(
         if outdated:
             Path(outdated).unlink()
         tqdm.write(report.summary(result, model=model))
+
+
+def compare(
+    *,
+    evaluations: Sequence[str],
+    published: str,
+    page: str,
+    markdown: str,
+    latex: str,
+    parquet: str,
+    figure: str,
+    compared: params.Comparison,
+    log: str,
+) -> None:
+    """Put all runs of a comparison into one table, in four formats, and a figure."""
+    with _stage(f"compare {compared.model}", log=Path(log), record=None, advice=_PASSES):
+        results = [json.loads(Path(file).read_text()) for file in evaluations]
+        rows = [
+            comparison.dense_row(results[0]),
+            *(
+                comparison.run_row(result, method=method, variant=variant)
+                for (method, variant, _), result in zip(compared.runs, results, strict=True)
+            ),
+        ]
+        theirs = json.loads(Path(published).read_text())
+        report.write_curves(rows, output=Path(figure), title=f"Perplexity of {compared.model}")
+        comparison.write(
+            {
+                f"Measured on {compared.model}": rows,
+                f"Reported for {theirs['model']}, not measured here": comparison.reported_rows(
+                    theirs, compared.ratios
+                ),
+            },
+            notes=[
+                "Ratios are shares kept of the blocks' linears (kept_linears) and of all parameters "
+                "(kept_model). Seconds are those of all stages that a run uses, shared ones too, "
+                "measurements left out. Drop is the share of the dense average accuracy that is lost.",
+                theirs["note"],
+            ],
+            figure=Path(figure),
+            page=Path(page),
+            markdown=Path(markdown),
+            latex=Path(latex),
+            parquet=Path(parquet),
+        )
+        tqdm.write(f"the comparison of {len(results)} runs lies in {page}")
 
 
 def _measurement(file: str) -> tuple[str, str, dict[str, Any]]:

@@ -34,6 +34,7 @@ ORDER = [
     "calibration",
     "evaluate",
     "report",
+    "comparison",
     "stages",
     "command",
     "versioning",

@@ -185,6 +185,33 @@ def test_stages_end_to_end(chain: Callable[[str], Chain], name: str) -> None:
         assert 0 < after["mse"] <= before["mse"]
 
 
+@pytest.mark.parametrize("objective", ["input_aware", "asvd", "dipsvd_code"])
+def test_objectives_on_original_inputs_read_no_activations(
+    chain: Callable[[str], Chain], objective: str
+) -> None:
+    run = chain("llama")
+    blocks = run.original()
+    for number in range(blocks + 1):
+        Path(run.path(f"x{number}")).unlink()
+    for block in range(blocks):
+        stages.solve_block(
+            source=run.path("source.json"),
+            covariances=run.path(f"c{block}"),
+            ranks=run.path("ranks.json"),
+            original=None,
+            shifted=None,
+            gradients=None,
+            buckets=None,
+            output=run.path(f"solved{block}"),
+            record=run.path(f"solve{block}.json"),
+            index=block,
+            calibration=CALIBRATION,
+            compression={**COMPRESSION, "objective": objective},
+            log=run.log,
+        )
+        assert len(load_file(run.path(f"solved{block}"))) == 2 * 7
+
+
 def test_refinement_that_makes_a_block_worse_is_not_kept(chain: Callable[[str], Chain]) -> None:
     run = chain("llama")
     run.original()
