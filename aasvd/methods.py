@@ -31,6 +31,9 @@ class Piece(NamedTuple):
     options: tuple[str, ...] = ()
 
 
+# Measures that are made from gradients.
+DIFFERENTIATED = ("influence", "relative_gradients")
+
 OBJECTIVES = {
     "input_agnostic": Piece(),
     "input_aware": Piece(),

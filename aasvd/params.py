@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import jsonschema
 import yaml
 
-from aasvd.methods import ALLOCATIONS, OBJECTIVES
+from aasvd.methods import ALLOCATIONS, DIFFERENTIATED, OBJECTIVES
 
 Config = Mapping[str, Any]
 
@@ -275,6 +275,18 @@ def measures(run: Run) -> list[str]:
     return [name + detail.get(name, "") for name in ALLOCATIONS[compression["allocation"]].needs]
 
 
+def original_files(run: Run) -> dict[str, str]:
+    """Return the files that a run needs of every block on the original side, with their stages' records."""
+    files = {"covariances.safetensors": "capture.json"}
+    found = measures(run)
+    if "gradients" in needs(run) or any(name.partition("-")[0] in DIFFERENTIATED for name in found):
+        files["gradients.safetensors"] = "differentiate.json"
+    if "buckets" in needs(run):
+        buckets = run.settings["compression"]["buckets"]
+        files[f"buckets_{buckets}.safetensors"] = f"average_{buckets}.json"
+    return files | {f"measures/{name}.safetensors": f"measures/{name}.json" for name in found}
+
+
 def block_stages(run: Run) -> list[str]:
     """Return the stages that every block of a run goes through.
 
@@ -425,7 +437,11 @@ def phase_targets(config: Config, run: Run, phase: str, *, blocks: Callable[[], 
         "sample": lambda: [paths.calibration / "tokens.parquet"],
         "capture": lambda: [
             paths.original / "key.json",
-            *(paths.original / f"block_{block:03d}" / "covariances.safetensors" for block in range(blocks())),
+            *(
+                paths.original / f"block_{block:03d}" / file
+                for block in range(blocks())
+                for file in original_files(run)
+            ),
         ],
         "compress": lambda: [
             paths.compressed / "key.json",

@@ -6,7 +6,7 @@ import pathlib
 
 from snakemake.exceptions import WorkflowError
 
-from aasvd import params
+from aasvd import methods, params
 
 CACHE = "results/downloads"
 ARTIFACTS = str(params.ARTIFACTS)

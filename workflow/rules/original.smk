@@ -148,10 +148,6 @@ rule average_block:
         )
 
 
-# Measures that look at gradients.
-DIFFERENTIATED = ("influence", "relative_gradients")
-
-
 def measured_from(kinds, function):
     """An input function that gives a file only to the measures that look at it."""
     return lambda w: [ancient(function(w))] if w.measure.partition("-")[0] in kinds else []
@@ -163,7 +159,7 @@ rule measure_block:
         source=lambda w: ancient(dense_source(w)),
         covariances=ancient(f"{ORIGINAL}/block_{{block}}/covariances.safetensors"),
         gradients=measured_from(
-            DIFFERENTIATED, lambda w: f"{ORIGINAL}/block_{{block}}/gradients.safetensors".format(**w)
+            methods.DIFFERENTIATED, lambda w: f"{ORIGINAL}/block_{{block}}/gradients.safetensors".format(**w)
         ),
         tokens=measured_from(("sensitivity",), lambda w: f"{CALIBRATION}/tokens.parquet".format(**w)),
         inputs=measured_from(("sensitivity", "profile"), lambda w: original_input(w, int(w.block))),

@@ -12,25 +12,15 @@ def records(wildcards):
     """The records of every stage that made a run's checkpoint."""
     paths, run = paths_of(wildcards), run_of(wildcards)
     blocks = range(blocks_of(run.model))
-    # Statistics that other runs may share count for every run that uses them.
-    measures, wanted = params.measures(run), params.needs(run)
-    differentiated = "gradients" in wanted or any(measure.partition("-")[0] in DIFFERENTIATED for measure in measures)
-    statistics = [
-        *(["differentiate"] if differentiated else []),
-        *([f"average_{run.settings['compression']['buckets']}"] if "buckets" in wanted else []),
-        *(f"measures/{measure}" for measure in measures),
-    ]
+    # What runs share counts for every run that uses it.
+    statistics = params.original_files(run).values()
     return [
         ancient(str(file))
         for file in [
             paths.model / "fetch.json",
             paths.original / "embed.json",
-            *([paths.original / "differentiate.json"] if differentiated else []),
-            *(
-                paths.original / f"block_{block:03d}" / f"{stage}.json"
-                for block in blocks
-                for stage in ("capture", *statistics)
-            ),
+            *([paths.original / "differentiate.json"] if "differentiate.json" in statistics else []),
+            *(paths.original / f"block_{block:03d}" / record for block in blocks for record in statistics),
             *(
                 paths.compressed / f"block_{block:03d}" / f"{stage}.json"
                 for block in blocks
