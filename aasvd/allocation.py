@@ -74,6 +74,25 @@ class Problem(NamedTuple):
         """Largest number of parameters that may be stored."""
         return math.floor(self.ratio * sum(layer.size for layer in self.layers) + 1e-6)
 
+    @property
+    def storage(self) -> str:
+        """What a rank costs depends on how it is stored."""
+        return str(self.compression["storage"])
+
+    def cost(self, layer: Layer, rank: int | None) -> int:
+        """Return how many parameters a linear of a rank stores."""
+        return stored_parameters(*layer.shape, rank, storage=self.storage)
+
+    def rank(self, layer: Layer, share: float) -> int | None:
+        """Return the rank at which a linear keeps a share of its parameters; None for dense."""
+        if share >= 1:
+            return None
+        return uniform_rank(*layer.shape, parameter_ratio=max(float(share), 1e-12), storage=self.storage)
+
+    def stored(self, ranks: Sequence[int | None]) -> int:
+        """Return how many parameters all linears store."""
+        return sum(self.cost(layer, rank) for layer, rank in zip(self.layers, ranks, strict=True))
+
     def of_layer(self, measure: str, layer: Layer) -> Tensor:
         """Return what a measure says of one linear."""
         return self.measures[measure][layer.block][layer.name]
@@ -104,68 +123,58 @@ def allocate(name: str, problem: Problem) -> Allocation:
     return RANKS[name](problem)
 
 
-def stored(layers: Sequence[Layer], ranks: Sequence[int | None]) -> int:
-    """Return how many parameters all linears store."""
-    return sum(stored_parameters(*layer.shape, rank) for layer, rank in zip(layers, ranks, strict=True))
-
-
 # --- from shares to ranks ---------------------------------------------------------------------------------
 
 
 def round_shares(problem: Problem, shares: Floats) -> list[int | None]:
     """Round shares of parameters to ranks that meet the budget: down, then up again where most was lost."""
     layers = problem.layers
-    ranks = [
-        None if share >= 1 else uniform_rank(*layer.shape, parameter_ratio=max(share, 1e-12))
-        for layer, share in zip(layers, shares, strict=True)
-    ]
+    ranks = [problem.rank(layer, share) for layer, share in zip(layers, shares, strict=True)]
     wanted = [share * layer.size for layer, share in zip(layers, shares, strict=True)]
 
     def lost(index: int) -> float:
-        return wanted[index] - stored_parameters(*layers[index].shape, ranks[index])
+        return wanted[index] - problem.cost(layers[index], ranks[index])
 
-    left = problem.budget - stored(layers, ranks)
+    left = problem.budget - problem.stored(ranks)
     while left < 0:
         # Every linear keeps at least one direction, and some round up to dense.
-        shrinkable = [i for i in range(len(layers)) if _smaller(layers[i], ranks[i]) is not None]
+        shrinkable = [i for i in range(len(layers)) if _smaller(problem, layers[i], ranks[i]) is not None]
         if not shrinkable:
             raise ValueError(f"ratio {problem.ratio} is below one direction for every linear")
         index = min(shrinkable, key=lost)
-        left += stored_parameters(*layers[index].shape, ranks[index])
-        ranks[index] = _smaller(layers[index], ranks[index])
-        left -= stored_parameters(*layers[index].shape, ranks[index])
+        left += problem.cost(layers[index], ranks[index])
+        ranks[index] = _smaller(problem, layers[index], ranks[index])
+        left -= problem.cost(layers[index], ranks[index])
     progress = True
     while progress:
         progress = False
         for index in sorted(range(len(layers)), key=lost, reverse=True):
             if ranks[index] is None:
                 continue
-            larger = _larger(layers[index], ranks[index])
-            step = stored_parameters(*layers[index].shape, larger) - stored_parameters(
-                *layers[index].shape, ranks[index]
-            )
+            larger = _larger(problem, layers[index], ranks[index])
+            step = problem.cost(layers[index], larger) - problem.cost(layers[index], ranks[index])
             if step <= left:
                 ranks[index], left, progress = larger, left - step, True
     return ranks
 
 
-def largest_rank(layer: Layer) -> int:
-    """Return the largest rank at which factors are smaller than the matrix; 0 if there is none."""
+def largest_rank(problem: Problem, layer: Layer) -> int:
+    """Return the largest rank whose stored form is smaller than the matrix; 0 if there is none."""
     low, high = 0, min(layer.shape)
     while low < high:
         middle = (low + high + 1) // 2
-        smaller = stored_parameters(*layer.shape, middle) < layer.size
+        smaller = problem.cost(layer, middle) < layer.size
         low, high = (middle, high) if smaller else (low, middle - 1)
     return low
 
 
-def _larger(layer: Layer, rank: int | None) -> int | None:
-    return None if rank is None or rank >= largest_rank(layer) else rank + 1
+def _larger(problem: Problem, layer: Layer, rank: int | None) -> int | None:
+    return None if rank is None or rank >= largest_rank(problem, layer) else rank + 1
 
 
-def _smaller(layer: Layer, rank: int | None) -> int | None:
+def _smaller(problem: Problem, layer: Layer, rank: int | None) -> int | None:
     """Return the next smaller rank; None where there is none."""
-    below = largest_rank(layer) if rank is None else rank - 1
+    below = largest_rank(problem, layer) if rank is None else rank - 1
     return below or None
 
 
@@ -291,7 +300,7 @@ def svdllm_v2(problem: Problem) -> Floats:
     def shares(layers: list[Layer]) -> Floats:
         scores = []
         for layer in layers:
-            rank = uniform_rank(*layer.shape, parameter_ratio=problem.ratio) or min(layer.shape)
+            rank = problem.rank(layer, problem.ratio) or min(layer.shape)
             loss = math.sqrt(float(problem.of_layer("spectra", layer)[rank:].sum()))
             scores.append(1 / max(math.log1p(loss), 1e-12))
         removed = 1 - problem.ratio
@@ -407,8 +416,8 @@ def optimal(problem: Problem) -> Allocation:
     costs, values = [], []
     for layer in problem.layers:
         gains = problem.of_layer("influence", layer).double().cpu().numpy()
-        options = range(1, largest_rank(layer) + 1)
-        cost = [stored_parameters(*layer.shape, rank) for rank in options]
+        options = range(1, largest_rank(problem, layer) + 1)
+        cost = [problem.cost(layer, rank) for rank in options]
         costs.append(np.array([*cost, layer.size], dtype=np.int64))
         # At full rank, dense or not, nothing is lost.
         values.append(np.append(np.cumsum(gains)[: len(options)], gains.sum()))
@@ -447,7 +456,7 @@ def from_file(problem: Problem) -> Allocation:
         if rank is not None and (type(rank) is not int or not 1 <= rank <= min(layer.shape)):
             raise ValueError(f"{path}: rank {rank!r} of {name}: expected 1 to {min(layer.shape)}, or null")
     ranks: list[int | None] = [given[name] for name in names]
-    kept = stored(problem.layers, ranks) / sum(layer.size for layer in problem.layers)
+    kept = problem.stored(ranks) / sum(layer.size for layer in problem.layers)
     if abs(kept - problem.ratio) > _TOLERANCE * problem.ratio:
         raise ValueError(
             f"{path}: its ranks keep {kept:.4f} of the parameters, not {problem.ratio:g}: ask for that ratio "

@@ -1,8 +1,8 @@
-"""The checkpoint: an ordinary Hugging Face folder whose linears are stored as factors.
+"""The checkpoint: an ordinary Hugging Face folder some of whose linears are stored as low-rank ones.
 
-`config.json` says which linears are factored, and to which rank, under `quantization_config`. Once this
-module is registered with transformers (importing `aasvd` is enough), `from_pretrained` puts a
-`LowRankLinear` in the place of each of them before it reads the weights; model code stays transformers'
+`config.json` says which linears, in which format and to which rank, under `quantization_config`. Once this
+module is registered with transformers (importing `aasvd` is enough), `from_pretrained` puts the format's
+layer in the place of each of them before it reads the weights; model code stays transformers'
 own and nothing from the folder is executed. transformers only warns about absent, left-over or misshapen
 tensors, and fills the gaps at random; here the safetensors headers are compared with the model first and
 each such difference is an error.
@@ -15,12 +15,12 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from safetensors import safe_open
+from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.quantizers.auto import (
@@ -32,12 +32,14 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from aasvd.artifacts import DamagedArtifactError, digest, remake_command
-from aasvd.lowrank import LowRankLinear
+from aasvd.artifacts import DamagedArtifactError, digest, remake_command, replacing
+from aasvd.formats import FORMATS, replace_linears
+from aasvd.lowrank import CompressedLinear
+from aasvd.weights import TYPE_NAMES, StoredTensor, stored_tensors, weight_files, write_safetensors
 
 METHOD = "aasvd"
 FORMAT_VERSION = 1
-STORAGES = ("factors",)
+_FLOATS = ("F16", "BF16", "F32", "F64")
 CHECKSUMS = "SHA256SUMS"
 TOKENIZER_FILES = (
     "added_tokens.json",
@@ -54,35 +56,13 @@ TOKENIZER_FILES = (
     "vocab.txt",
 )
 
-# safetensors' names of the types, in the order in which its serializer sorts them, last type first.
-_SAFETENSORS_NAMES = {
-    torch.bool: "BOOL",
-    torch.uint8: "U8",
-    torch.int8: "I8",
-    torch.int16: "I16",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int32: "I32",
-    torch.float32: "F32",
-    torch.float64: "F64",
-    torch.int64: "I64",
-}
-
-
-class StoredTensor(NamedTuple):
-    """What a safetensors header says of one tensor."""
-
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-
 
 class AasvdConfig(QuantizationConfigMixin):
     """The `quantization_config` of a compressed model.
 
     Attributes:
         ranks: Rank of each factored linear, by its module name in the causal language model.
-        storage: How a factored linear is stored; `factors`: u (out, rank) and v (rank, in).
+        storage: How a factored linear is stored, one of `aasvd.formats.FORMATS`.
         format_version: Version of this layout.
         details: Where the numbers come from: method, objective, ratio and so on; not interpreted here.
     """
@@ -111,9 +91,9 @@ class AasvdConfig(QuantizationConfigMixin):
             )
         if unknown:
             raise ValueError(f"quantization_config has the unknown key {min(unknown)!r}")
-        if storage not in STORAGES:
+        if not isinstance(storage, str) or storage not in FORMATS:
             raise ValueError(
-                f"quantization_config.storage is {storage!r}: expected one of {', '.join(STORAGES)}"
+                f"quantization_config.storage is {storage!r}: expected one of {', '.join(FORMATS)}"
             )
         if not isinstance(ranks, Mapping):
             raise ValueError(
@@ -136,7 +116,8 @@ class AasvdConfig(QuantizationConfigMixin):
 class AasvdQuantizer(HfQuantizer):
     """Lets transformers load, save, train and compile a compressed model.
 
-    The factors are ordinary parameters in the type and on the device that `from_pretrained` was asked for.
+    Floating-point tensors are ordinary parameters in the type and on the device that `from_pretrained` was
+    asked for; integers are buffers that keep theirs.
     """
 
     # Factors come from a checkpoint; transformers refuses by itself to "quantize" a dense model on the fly.
@@ -159,6 +140,7 @@ class AasvdQuantizer(HfQuantizer):
         replace_linears(
             model,
             {key.removeprefix(prefix): rank for key, rank in ranks.items() if key.startswith(prefix)},
+            storage=self.quantization_config.storage,
         )
         expected = {prefix + key: tensor for key, tensor in saved_tensors(model).items()}
         stored = stored_tensors([Path(file) for file in checkpoint_files])
@@ -173,8 +155,11 @@ class AasvdQuantizer(HfQuantizer):
                 f"{folder} holds {len(unexpected)} tensors that {name} does not have, "
                 f"the first is {unexpected[0]}"
             )
-        for key in expected.keys() & stored.keys():
+        for key in sorted(expected.keys() & stored.keys()):
             _check_stored(key, expected[key], stored[key])
+            if _module(key) in ranks:
+                _check_overhead(key, stored[key], FORMATS[self.quantization_config.storage])
+        _check_digests(folder, [Path(file) for file in checkpoint_files])
         return model
 
     def is_serializable(self) -> bool:
@@ -205,39 +190,6 @@ def register() -> None:
         register_quantizer(METHOD)(AasvdQuantizer)
 
 
-def replace_linears(model: nn.Module, ranks: Mapping[str, int]) -> None:
-    """Put an empty `LowRankLinear` in the place of each named linear of a model, in its type and device.
-
-    Raises:
-        ValueError: If a name is not that of a linear of the model, its weight is tied to another module's,
-            or a rank exceeds the sizes of its linear.
-    """
-    modules = dict(model.named_modules())
-    tied = getattr(model, "all_tied_weights_keys", {})
-    for name, rank in ranks.items():
-        linear = modules.get(name)
-        if not isinstance(linear, nn.Linear):
-            found = "does not have" if linear is None else f"has as {type(linear).__name__}, not as nn.Linear"
-            raise ValueError(f"ranks name the module {name!r}, which {type(model).__name__} {found}")
-        if f"{name}.weight" in tied or f"{name}.weight" in tied.values():
-            raise ValueError(f"ranks name the module {name!r}, whose weight is tied to another module's")
-        if rank > min(linear.in_features, linear.out_features):
-            raise ValueError(
-                f"rank {rank} of {name!r} exceeds the smaller side of its weight "
-                f"{linear.out_features} x {linear.in_features}"
-            )
-        low_rank = LowRankLinear(
-            linear.in_features,
-            linear.out_features,
-            rank,
-            bias=linear.bias is not None,
-            device=linear.weight.device,
-            dtype=linear.weight.dtype,
-        )
-        parent, _, leaf = name.rpartition(".")
-        setattr(modules[parent], leaf, low_rank)
-
-
 def saved_tensors(model: Any) -> dict[str, Tensor]:
     """Return the tensors that `save_pretrained` writes for a transformers model, in its order.
 
@@ -249,50 +201,39 @@ def saved_tensors(model: Any) -> dict[str, Tensor]:
     return {name: state[name] for name in sorted(state, key=_natural_key) if name not in left_out}
 
 
-def stored_tensors(files: Sequence[Path]) -> dict[str, StoredTensor]:
-    """Read the headers of safetensors files, and none of their tensors.
-
-    Raises:
-        ValueError: If a file is cut short or is not a safetensors file, or two files hold the same name.
-    """
-    tensors: dict[str, StoredTensor] = {}
-    for path in files:
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 (not a dict)
-                    if name in tensors:
-                        raise ValueError(f"{path} and {tensors[name].file} both hold the tensor {name}")
-                    part = file.get_slice(name)
-                    tensors[name] = StoredTensor(path, part.get_dtype(), tuple(part.get_shape()))
-        except SafetensorError as error:
-            raise ValueError(f"{path} is damaged or cut short: {error}") from error
-    return tensors
-
-
-def parameter_counts(folder: Path, linears: Sequence[str]) -> dict[str, int]:
-    """Count the stored numbers of a checkpoint, dense or compressed, from its headers.
+def counts(folder: Path, linears: Sequence[str]) -> dict[str, int]:
+    """Count what a checkpoint stores, dense or compressed, from its headers.
 
     Args:
         folder: A folder with safetensors files.
         linears: Module names of the linears that compression is about, factored or kept dense.
 
     Returns:
-        `linears`: elements of those modules' weights or factors, without biases; `model`: of all tensors.
+        `linears`: numbers of those modules' weights in whatever form, without biases; `model`: numbers of
+        all tensors; `bytes`: size of the weight files. Indices and scales are no numbers, but have bytes.
 
     Raises:
         ValueError: If the folder holds no weights in safetensors, or nothing of one of the linears.
     """
-    stored = stored_tensors(_weight_files(folder))
-    counts = dict.fromkeys(linears, 0)
+    files = weight_files(folder)
+    overhead = {leaf for layer in FORMATS.values() for leaf in layer.OVERHEAD}
+    numbers = dict.fromkeys(linears, 0)
     total = 0
-    for name, tensor in stored.items():
+    for name, tensor in stored_tensors(files).items():
+        module, _, leaf = name.rpartition(".")
+        if module in numbers and leaf in overhead:
+            continue
         elements = torch.Size(tensor.shape).numel()
         total += elements
-        if _module(name) in counts and not name.endswith(".bias"):
-            counts[_module(name)] += elements
-    if absent := [name for name, elements in counts.items() if elements == 0]:
+        if module in numbers and leaf != "bias":
+            numbers[module] += elements
+    if absent := [name for name, elements in numbers.items() if elements == 0]:
         raise ValueError(f"{folder} holds no weight of the linear {absent[0]}")
-    return {"linears": sum(counts.values()), "model": total}
+    return {
+        "linears": sum(numbers.values()),
+        "model": total,
+        "bytes": sum(file.stat().st_size for file in files),
+    }
 
 
 def write(
@@ -300,6 +241,7 @@ def write(
     dense: Path,
     output: Path,
     ranks: Mapping[str, int],
+    storage: str,
     details: Mapping[str, object],
     tensor: Callable[[str], Tensor],
     dtype: torch.dtype,
@@ -315,6 +257,7 @@ def write(
             tokenizer's files; its weights are not read.
         output: Folder to make.
         ranks: Rank of each factored linear, by module name; all others stay dense.
+        storage: How these are stored, one of `aasvd.formats.FORMATS`.
         details: Recorded in config.json as they are; must be JSON without NaN.
         tensor: Returns the tensor of a name of the compressed model's state, such as
             `model.layers.0.self_attn.q_proj.u` or `model.norm.weight`, in any type, on any device. Called
@@ -335,9 +278,11 @@ def write(
         raise ValueError(f"{dense} is already quantized: its config.json has a quantization_config")
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
-    replace_linears(model, ranks)
+    replace_linears(model, ranks, storage=storage)
     plain = json.loads(json.dumps(details, allow_nan=False))
-    model.config.quantization_config = AasvdConfig(ranks=ranks, details=plain, format_version=FORMAT_VERSION)
+    model.config.quantization_config = AasvdConfig(
+        ranks=ranks, storage=storage, details=plain, format_version=FORMAT_VERSION
+    )
     model.config.architectures = [type(model).__name__]
     model.config.dtype = str(dtype).removeprefix("torch.")
     with _replacing_folder(output) as staging:
@@ -352,6 +297,17 @@ def write(
         _write_weights(model, folder=staging, tensor=tensor, max_shard_size=max_shard_size)
         lines = [f"{digest(path)}  {path.name}\n" for path in sorted(staging.iterdir())]
         (staging / CHECKSUMS).write_text("".join(lines))
+
+
+def add_file(folder: Path, name: str, text: str) -> None:
+    """Add a text file to a checkpoint and to its SHA256SUMS; links to files elsewhere are replaced."""
+    with replacing(folder / name) as temporary:
+        temporary.write_text(text)
+    lines = (folder / CHECKSUMS).read_text().splitlines(keepends=True)
+    kept = [line for line in lines if line.rstrip("\n").partition("  ")[2] != name]
+    kept.append(f"{digest(folder / name)}  {name}\n")
+    with replacing(folder / CHECKSUMS) as temporary:
+        temporary.write_text("".join(sorted(kept, key=lambda line: line.partition("  ")[2])))
 
 
 def verify(folder: Path) -> None:
@@ -399,7 +355,7 @@ def _write_weights(
             return _checked(name, tensor(name), like=tensors[name])
 
         for file, names in split.filename_to_tensors.items():
-            _write_safetensors(folder / file, {name: tensors[name] for name in names}, checked)
+            write_safetensors(folder / file, {name: tensors[name] for name in names}, checked)
     if split.is_sharded:
         index = {
             "metadata": {"total_parameters": model.num_parameters(), **split.metadata},
@@ -407,33 +363,6 @@ def _write_weights(
         }
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"
         (folder / "model.safetensors.index.json").write_text(text)
-
-
-def _write_safetensors(path: Path, tensors: Mapping[str, Tensor], tensor: Callable[[str], Tensor]) -> None:
-    """Write one file as the safetensors library does, which wants all its tensors in memory at once.
-
-    Args:
-        path: File to write.
-        tensors: Tensors on the meta device, for their types and shapes.
-        tensor: Returns the contiguous host tensor of a name.
-    """
-    order = list(_SAFETENSORS_NAMES)
-    names = sorted(tensors, key=lambda name: (-order.index(tensors[name].dtype), name))
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name in names:
-        start, end = end, end + tensors[name].nbytes
-        header[name] = {
-            "dtype": _SAFETENSORS_NAMES[tensors[name].dtype],
-            "shape": list(tensors[name].shape),
-            "data_offsets": [start, end],
-        }
-    encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    encoded += b" " * (-len(encoded) % 8)
-    with path.open("wb") as stream:
-        stream.write(len(encoded).to_bytes(8, "little") + encoded)
-        for name in names:
-            stream.write(tensor(name).reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _checked(name: str, value: Tensor, *, like: Tensor) -> Tensor:
@@ -453,8 +382,45 @@ def _check_stored(name: str, expected: Tensor, stored: StoredTensor) -> None:
         raise ValueError(
             f"{stored.file} holds {name} with shape {stored.shape}: the model has {tuple(expected.shape)}"
         )
-    if expected.is_floating_point() and not stored.dtype.startswith(("F", "BF")):
-        raise ValueError(f"{stored.file} holds {name} as {stored.dtype}: expected floating-point numbers")
+    if expected.is_floating_point():
+        if stored.dtype not in _FLOATS:
+            raise ValueError(
+                f"{stored.file} holds {name} as {stored.dtype}: expected floating-point numbers "
+                f"({', '.join(_FLOATS)})"
+            )
+    elif stored.dtype != TYPE_NAMES[expected.dtype]:
+        raise ValueError(
+            f"{stored.file} holds {name} as {stored.dtype}: expected {TYPE_NAMES[expected.dtype]}"
+        )
+
+
+def _check_digests(folder: Path, weights: Sequence[Path]) -> None:
+    """Raise ValueError where config.json or weights are not those that a folder's SHA256SUMS lists.
+
+    A folder without the list, such as `save_pretrained` makes, has nothing to compare with.
+    """
+    checksums = folder / CHECKSUMS
+    if not checksums.exists():
+        return
+    lines = [line.partition("  ") for line in checksums.read_text(errors="replace").splitlines()]
+    listed = {name: expected for expected, _, name in lines}
+    for path in (folder / "config.json", *weights):
+        if path.name not in listed or digest(path) != listed[path.name]:
+            raise ValueError(
+                f"{path} is damaged or was changed: it is not the file that {CHECKSUMS} lists. "
+                f"Get the folder again, or remove {CHECKSUMS} if the change is meant"
+            )
+
+
+def _check_overhead(name: str, stored: StoredTensor, layer: type[CompressedLinear]) -> None:
+    """Raise ValueError where a tensor of indices or scales holds what no packing gives."""
+    leaf = name.rpartition(".")[2]
+    if leaf not in layer.OVERHEAD:
+        return
+    with safe_open(stored.file, framework="pt") as file:
+        problem = layer.problem(leaf, file.get_tensor(name))
+    if problem:
+        raise ValueError(f"{stored.file} holds {name}, which {problem}")
 
 
 @contextlib.contextmanager
@@ -475,17 +441,6 @@ def _replacing_folder(folder: Path) -> Iterator[Path]:
         staging.rename(folder)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """Return the files that transformers reads the weights from; others may lie beside them."""
-    index = folder / "model.safetensors.index.json"
-    names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else []
-    files = [folder / name for name in names or ["model.safetensors"]]
-    for path in files:
-        if not path.exists():
-            raise ValueError(f"{folder} has no {path.name}")
-    return files
 
 
 def _module(name: str) -> str:

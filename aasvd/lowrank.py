@@ -1,19 +1,26 @@
-"""A linear layer stored as two factors."""
+"""Linear layers stored in less than a full matrix, and the plainest of them: two factors."""
 
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+# Shape, and the type of integers or None for the model's float type.
+Layout = dict[str, tuple[tuple[int, ...], torch.dtype | None]]
 
-class LowRankLinear(nn.Module):
-    """Linear layer of rank k: y = (x vᵀ) uᵀ + bias, with u (out, k) and v (k, in).
 
-    It costs k (in + out) multiplications a token instead of in × out. The class is not an `nn.Linear`
-    and holds no `weight`, so nothing that initialises or rewrites linears by type touches its factors.
+class CompressedLinear(nn.Module):
+    """What every storage of a low-rank linear layer has in common.
+
+    The class is not an `nn.Linear` and holds no `weight`, so nothing that initialises or rewrites linears by
+    type touches its tensors.
+
+    Attributes:
+        OVERHEAD: Stored tensors that are no numbers of the matrix: they cost bytes, but are no parameters.
     """
 
+    OVERHEAD: ClassVar[tuple[str, ...]] = ()
     bias: nn.Parameter | None
 
     def __init__(
@@ -26,7 +33,7 @@ class LowRankLinear(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """Allocate the factors; their values are undefined until they are loaded.
+        """Allocate the tensors; their values are undefined until they are loaded.
 
         Raises:
             ValueError: If the rank is not in 1..min(in_features, out_features).
@@ -40,11 +47,63 @@ class LowRankLinear(nn.Module):
         self.in_features = in_features
         self.out_features = out_features
         self.rank = rank
-        self.u = nn.Parameter(torch.empty(out_features, rank, device=device, dtype=dtype))
-        self.v = nn.Parameter(torch.empty(rank, in_features, device=device, dtype=dtype))
+        for name, (shape, integers) in self.layout(in_features, out_features, rank).items():
+            if integers is None:
+                self.register_parameter(name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
+            else:
+                self.register_buffer(name, torch.empty(shape, device=device, dtype=integers))
         self.register_parameter(
             "bias", nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
         )
+
+    @staticmethod
+    def layout(in_features: int, out_features: int, rank: int) -> Layout:
+        """Return the shape of each stored tensor but the bias, and its type if it holds integers."""
+        raise NotImplementedError
+
+    @staticmethod
+    def pack(u: Tensor, v: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Return the stored tensors but the bias of factors u (out, rank), v (rank, in) in a float type."""
+        raise NotImplementedError
+
+    @staticmethod
+    def problem(name: str, value: Tensor) -> str | None:
+        """Say what is wrong with a stored tensor of OVERHEAD, if it holds what no packing gives."""
+
+    def factors(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+        """Return u (out, rank) and v (rank, in), the product of which is the layer's weight.
+
+        Args:
+            dtype: Float type to expand codes to; parameters come in their own.
+        """
+        raise NotImplementedError
+
+    def dense(self) -> Tensor:
+        """Return the weight (out, in) that the layer stands for."""
+        u, v = self.factors()
+        return u @ v
+
+    def extra_repr(self) -> str:
+        """Describe the layer inside its model's repr."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
+            f"bias={self.bias is not None}"
+        )
+
+
+class LowRankLinear(CompressedLinear):
+    """Linear layer of rank k: y = (x vᵀ) uᵀ + bias, with u (out, k) and v (k, in).
+
+    It costs k (in + out) multiplications a token instead of in × out.
+    """
+
+    u: nn.Parameter
+    v: nn.Parameter
+
+    @staticmethod
+    def layout(in_features: int, out_features: int, rank: int) -> Layout:
+        """Return the shapes of the two factors."""
+        return {"u": ((out_features, rank), None), "v": ((rank, in_features), None)}
 
     @classmethod
     def from_factors(cls, u: Tensor, v: Tensor, bias: Tensor | None = None) -> Self:
@@ -70,13 +129,11 @@ class LowRankLinear(nn.Module):
         """Map x (..., in) to (..., out)."""
         return F.linear(F.linear(x, self.v), self.u, self.bias)
 
-    def dense(self) -> Tensor:
-        """Return the weight (out, in) that the factors stand for."""
-        return self.u @ self.v
+    @staticmethod
+    def pack(u: Tensor, v: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Return the factors themselves."""
+        return {"u": u.to(dtype), "v": v.to(dtype)}
 
-    def extra_repr(self) -> str:
-        """Describe the layer inside its model's repr."""
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
-            f"bias={self.bias is not None}"
-        )
+    def factors(self, _dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+        """Return the factors themselves."""
+        return self.u, self.v

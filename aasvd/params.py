@@ -144,7 +144,26 @@ def parse_run(config: Config, name: str) -> Run:
     known = {"": {}, **config["variants"]}
     overrides = [choose(part, known, "method or variant") for part in ([] if is_method else [first])]
     overrides.append(choose(second, known, "variant"))
-    return Run(name, match["model"], float(match["ratio"]), _settings(config, [first] * is_method, overrides))
+    settings = _settings(config, [first] * is_method, overrides)
+    if settings["compression"]["storage"] == "remapped" and settings["compression"]["precision"] == "int8":
+        raise ValueError(
+            f"run {name!r}: compression.precision int8 does not go with compression.storage remapped, "
+            "which has 8 bit already"
+        )
+    eight_bit = settings["compression"]["precision"] == "int8"
+    if settings["post"]["epochs"] and (settings["compression"]["storage"] != "factors" or eight_bit):
+        raise ValueError(
+            f"run {name!r}: the post-step trains U and V, so it needs compression.storage factors and "
+            "another compression.precision than int8"
+        )
+    return Run(name, match["model"], float(match["ratio"]), settings)
+
+
+def named_runs(words: Iterable[str]) -> list[str]:
+    """Return the runs that the words of a command line ask for: names in `results/<run>/...`."""
+    parts = [Path(word).parts for word in words]
+    others = {ARTIFACTS.name, "downloads", "compare", "paper"}
+    return [p[1] for p in parts if len(p) > 2 and p[0] == "results" and p[1] not in others]
 
 
 def _settings(config: Config, method: list[str], overrides: list[Config]) -> dict[str, Any]:

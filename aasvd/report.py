@@ -74,6 +74,80 @@ def write_table(result: Mapping[str, Any], *, output: Path) -> None:
         temporary.write_text(page)
 
 
+def model_card(
+    result: Mapping[str, Any],
+    *,
+    base: Mapping[str, str],
+    shapes: Mapping[str, Sequence[int]],
+    ranks: Mapping[str, int],
+    path: str,
+) -> str:
+    """Return the README.md of a checkpoint: what it is, what it scores, how to load it.
+
+    Holds nothing that changes between two runs of the same parameters, such as times.
+
+    Args:
+        result: A run's eval.json.
+        base: The base model's source in params.yaml.
+        shapes: (out, in) of each linear of the blocks, by module name.
+        ranks: Rank of each compressed one, by module name.
+        path: Module name of the list of blocks.
+    """
+    kinds: dict[tuple[str, str], list[int | None]] = {}
+    for name, (rows, columns) in shapes.items():
+        kind = name.removeprefix(f"{path}.").partition(".")[2]
+        kinds.setdefault((kind, f"{rows} x {columns}"), []).append(ranks.get(name))
+    table = "\n".join(
+        f"| {kind} | {shape} | {_span(found)} | {len(found)} |" for (kind, shape), found in kinds.items()
+    )
+    scores = "\n".join(f"| {what} | {dense} | {compressed} |" for what, dense, compressed in _rows(result))
+    source = ", ".join(f"{key} {value}" for key, value in base.items())
+    ratio = result["ratio"]
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [aasvd, low-rank]
+---
+
+# {result["run"]}
+
+Base model: {result["model"]} ({source}), whose licence applies. Compressed by {result["method"]}:
+objective {result["objective"]}, storage {result["storage"]}, precision {result["precision"]}; kept
+{ratio["achieved"]:.4f} of the linears' parameters (asked: {ratio["target"]:g}).
+
+| | dense | compressed |
+| --- | --- | --- |
+{scores}
+| bytes of weights | {result["bytes"]["dense"]:,} | {result["bytes"]["compressed"]:,} |
+
+## Load
+
+```python
+import aasvd  # registers the checkpoint format with transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("FOLDER")
+tokenizer = AutoTokenizer.from_pretrained("FOLDER")
+```
+
+Nothing in the folder is executed. `sha256sum -c SHA256SUMS` checks it; loading checks model and config.
+
+## Ranks
+
+| linear | shape | rank | blocks |
+| --- | --- | --- | --- |
+{table}
+"""
+
+
+def _span(ranks: Sequence[int | None]) -> str:
+    found = [rank for rank in ranks if rank is not None]
+    if not found:
+        return "dense"
+    span = f"{min(found)}" if min(found) == max(found) else f"{min(found)} to {max(found)}"
+    return span if len(found) == len(ranks) else f"{span}, {len(ranks) - len(found)} dense"
+
+
 def write_distortion(records: Iterable[Mapping[str, Any]], *, output: Path, run: str) -> None:
     """Draw the distortion of every block's output before and after refinement (SVG).
 

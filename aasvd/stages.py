@@ -58,7 +58,9 @@ from aasvd.artifacts import (
     writing_activations,
 )
 from aasvd.covariance import pack, unpack
+from aasvd.formats import FORMATS, format_name
 from aasvd.rank import uniform_rank
+from aasvd.weights import stored_tensors
 
 _DISTRIBUTIONS = ("aasvd", "torch", "transformers", "safetensors", "datasets", "lm_eval", "snakemake", "dvc")
 _logger = logging.getLogger(__name__)
@@ -544,7 +546,7 @@ def _sensitivity(
         solve = objectives.solver("asvd", statistics[name], options=options)
         trials[name] = []
         for ratio in allocation.CANDIDATES:
-            rank = uniform_rank(*weight.shape, parameter_ratio=ratio)
+            rank = uniform_rank(*weight.shape, parameter_ratio=ratio, storage="factors")
             factors = None if rank is None else solve(name, weight, rank).factors
             trials[name].append(weight if factors is None else factors.u @ factors.v)
     later = range(around.index, len(around.parts.blocks))
@@ -598,7 +600,7 @@ def allocate(
             compression,
         )
         ranks, notes = allocation.allocate(compression["allocation"], problem)
-        stored = allocation.stored(layers, ranks)
+        stored = problem.stored(ranks)
         achieved = stored / sum(layer.size for layer in layers)
         described |= {"budget": problem.budget, "stored": stored, "achieved": achieved, **notes}
         named = {f"{layer.block}.{layer.name}": rank for layer, rank in zip(layers, ranks, strict=True)}
@@ -765,6 +767,8 @@ def assemble(
     factors: Sequence[str],
     checksums: str,
     record: str,
+    storage: str,
+    precision: str,
     details: Mapping[str, Any],
     log: str,
 ) -> None:
@@ -772,39 +776,67 @@ def assemble(
     with _stage("assemble", log=Path(log), record=Path(record), advice=_PASSES) as measured:
         dense = blocks.Source(Path(source))
         parts = blocks.skeleton(dense.folder)
-        path, host = read_json(Path(outline))["path"], torch.device("cpu")
+        path, folder = read_json(Path(outline))["path"], Path(checksums).parent
+        dtype = torch.bfloat16 if precision == "bfloat16" else parts.model.config.dtype or torch.float32
+        storage = format_name(storage, precision)
         ranks: dict[str, int] = {}
-        for index, file in enumerate(factors):
-            with_factors = read_tensors(Path(file), device=host)
-            ranks |= {
-                f"{path}.{index}.{name}": with_factors[f"{name}.u"].shape[1]
-                for name in factored(with_factors)
-            }
-
-        # The checkpoint's tensors come block by block: each file is read and verified once, one held.
-        @functools.lru_cache(maxsize=1)
-        def block(index: int) -> dict[str, Tensor]:
-            return read_tensors(Path(factors[index]), device=host)
-
-        def tensor(name: str) -> Tensor:
-            if name.startswith(f"{path}."):
-                index, _, inner = name.removeprefix(f"{path}.").partition(".")
-                compressed = block(int(index))
-                if inner in compressed:
-                    return compressed[inner]
-            return blocks.read(dense, parts, name)
-
         # Snakemake removes the list of checksums before it runs this again; what is left is no checkpoint.
-        shutil.rmtree(Path(checksums).parent, ignore_errors=True)
-        checkpoint.write(
-            dense=dense.folder,
-            output=Path(checksums).parent,
-            ranks=ranks,
-            details=details,
-            tensor=tensor,
-            dtype=parts.model.config.dtype or torch.float32,
-        )
+        shutil.rmtree(folder, ignore_errors=True)
+        with _scratch(folder.with_name(".packed")) as packed:
+            for index, file in enumerate(tqdm(factors, desc="Packing blocks", unit="block")):
+                tensors = read_tensors(Path(file), device=compute_device())
+                names = factored(tensors)
+                ranks |= {f"{path}.{index}.{name}": tensors[f"{name}.u"].shape[1] for name in names}
+                write_tensors(packed / str(index), _packed(tensors, names, storage=storage, dtype=dtype))
+
+            # The checkpoint wants its tensors by type, then name: block by block, once for each type.
+            @functools.lru_cache(maxsize=1)
+            def block(index: int) -> dict[str, Tensor]:
+                return read_tensors(packed / str(index), device=torch.device("cpu"))
+
+            def tensor(name: str) -> Tensor:
+                if name.startswith(f"{path}."):
+                    index, _, inner = name.removeprefix(f"{path}.").partition(".")
+                    compressed = block(int(index))
+                    if inner in compressed:
+                        return compressed[inner]
+                return blocks.read(dense, parts, name)
+
+            checkpoint.write(
+                dense=dense.folder,
+                output=folder,
+                ranks=ranks,
+                storage=storage,
+                details=details,
+                tensor=tensor,
+                dtype=dtype,
+            )
         measured["ranks"] = ranks
+
+
+@contextlib.contextmanager
+def _scratch(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder that is gone when the block ends."""
+    # One fixed name, so that what a killed stage left is cleared by the next one.
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _packed(
+    tensors: Mapping[str, Tensor], names: Sequence[str], *, storage: str, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Return a block's tensors as a checkpoint stores them: the factors of the named linears packed."""
+    factors = {f"{name}.{factor}" for name in names for factor in ("u", "v")}
+    rest = {key: tensor for key, tensor in tensors.items() if key not in factors}
+    return rest | {
+        f"{name}.{part}": tensor
+        for name in names
+        for part, tensor in FORMATS[storage].pack(tensors[f"{name}.u"], tensors[f"{name}.v"], dtype).items()
+    }
 
 
 def adapt_model(
@@ -839,13 +871,13 @@ def adapt_model(
                 on_step=on_step,
             )
         state = model.state_dict()
+        described = json.loads((Path(checksums).parent / "config.json").read_text())
+        stored_type = getattr(torch, described["dtype"])
         dense = blocks.Source(Path(source))
         # What is not updated comes from the checkpoint in its own type, not in that of the passes.
         before = {
             name: tensor.file
-            for name, tensor in checkpoint.stored_tensors(
-                sorted(Path(checksums).parent.glob("*.safetensors"))
-            ).items()
+            for name, tensor in stored_tensors(sorted(Path(checksums).parent.glob("*.safetensors"))).items()
         }
 
         def tensor(name: str) -> Tensor:
@@ -859,9 +891,10 @@ def adapt_model(
             dense=dense.folder,
             output=Path(adapted).parent,
             ranks=model.config.quantization_config.ranks,
+            storage=model.config.quantization_config.storage,
             details=details,
             tensor=tensor,
-            dtype=blocks.skeleton(dense.folder).model.config.dtype or torch.float32,
+            dtype=stored_type,
         )
 
 
@@ -958,6 +991,7 @@ def publish(
     table: str,
     figure: str,
     run: params.Run,
+    base: Mapping[str, Any],
     keys: Mapping[str, Any],
     log: str,
 ) -> None:
@@ -965,8 +999,9 @@ def publish(
     with _stage(f"publish {run.name}", log=Path(log), record=None, advice=_PASSES):
         folder = Path(checksums).parent
         checkpoint.verify(folder)
-        shapes = read_json(Path(outline))["linears"]
-        stored = checkpoint.parameter_counts(folder, list(shapes))
+        described = read_json(Path(outline))
+        shapes = described["linears"]
+        stored = checkpoint.counts(folder, list(shapes))
         before = sum(rows * columns for rows, columns in shapes.values())
         made = [read_json(Path(record)) for record in records]
         measured = [*map(_measurement, dense)], [*map(_measurement, compressed)]
@@ -976,12 +1011,15 @@ def publish(
             "model": run.model,
             "method": run.settings["compression"]["method"],
             "objective": run.settings["compression"]["objective"],
+            "storage": run.settings["compression"]["storage"],
+            "precision": run.settings["compression"]["precision"],
             "ratio": {"target": run.ratio, "achieved": stored["linears"] / before},
             "parameters": {
                 "dense": blocks.Source(Path(source)).parameter_count(),
                 "compressed": stored["model"],
                 "linears": {"dense": before, "compressed": stored["linears"]},
             },
+            "bytes": {"dense": blocks.Source(Path(source)).byte_count(), "compressed": stored["bytes"]},
             "perplexity": _side_by_side(*measured, kind="perplexity"),
             "accuracy": _side_by_side(*measured, kind="accuracy"),
             "seconds": _seconds(everything),
@@ -1000,6 +1038,9 @@ def publish(
         report.write_distortion(made, output=Path(figure), run=run.name)
         report.write_table(result, output=Path(table))
         _link_folder(folder, Path(model))
+        ranks = json.loads((folder / "config.json").read_text())["quantization_config"]["ranks"]
+        card = report.model_card(result, base=base, shapes=shapes, ranks=ranks, path=described["path"])
+        checkpoint.add_file(Path(model), "README.md", card)
         # Last and whole, because its keys say whether all of the above is up to date.
         with replacing(Path(evaluation)) as temporary:
             temporary.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")

@@ -20,7 +20,6 @@ from aasvd.allocation import (
     largest_rank,
     round_shares,
     spread,
-    stored,
 )
 from aasvd.rank import stored_parameters
 
@@ -35,7 +34,7 @@ SHAPES = {
     "mlp.down_proj": (96, 256),
 }
 BLOCKS = 6
-COMPRESSION: dict[str, Any] = {"ranks_file": ""}
+COMPRESSION: dict[str, Any] = {"ranks_file": "", "storage": "factors"}
 LAYERS = [Layer(block, name, shape) for block in range(BLOCKS) for name, shape in SHAPES.items()]
 FROM_MEASURES = [name for name in methods.ALLOCATIONS if name != "file"]
 
@@ -76,13 +75,13 @@ def problem(ratio: float, **measures: list[dict[str, Tensor]]) -> Problem:
 
 
 def kept(ranks: list[int | None]) -> float:
-    return stored(LAYERS, ranks) / sum(layer.size for layer in LAYERS)
+    return problem(0.5).stored(ranks) / sum(layer.size for layer in LAYERS)
 
 
 def mean_share(ranks: list[int | None], chosen: Any) -> float:
     """Return the share of their parameters that some of the linears keep."""
     pairs = [(layer, rank) for layer, rank in zip(LAYERS, ranks, strict=True) if chosen(layer)]
-    return sum(stored_parameters(*layer.shape, rank) for layer, rank in pairs) / sum(
+    return sum(stored_parameters(*layer.shape, rank, storage="factors") for layer, rank in pairs) / sum(
         layer.size for layer, _ in pairs
     )
 
@@ -101,7 +100,9 @@ def test_budget_is_met_and_ranks_are_possible(name: str, ratio: float) -> None:
     for layer, rank in zip(LAYERS, ranks, strict=True):
         if rank is not None:
             assert 1 <= rank <= min(layer.shape)
-            assert stored_parameters(*layer.shape, rank) < layer.size  # else it stays dense
+            assert (
+                stored_parameters(*layer.shape, rank, storage="factors") < layer.size
+            )  # else it stays dense
 
 
 @pytest.mark.parametrize("name", FROM_MEASURES)
@@ -157,15 +158,15 @@ def test_optimal_is_the_best_of_all_ranks(seed: int) -> None:
             for number, shape in enumerate(shapes)
         }
     ]
-    choices = [[*range(1, largest_rank(layer) + 1), None] for layer in layers]
-    for ratio in (0.4, 0.6, 0.8, 0.9):
-        asked = Problem(layers, ratio, {"influence": gains}, COMPRESSION)
+    for ratio, storage in itertools.product((0.4, 0.6, 0.8, 0.9), ("factors", "pivoted")):
+        asked = Problem(layers, ratio, {"influence": gains}, {"storage": storage})
+        choices = [[*range(1, largest_rank(asked, layer) + 1), None] for layer in layers]
         found = allocate("optimal", asked)
-        assert stored(layers, found.ranks) <= asked.budget
+        assert asked.stored(found.ranks) <= asked.budget
         best = min(
             loss_of(ranks, layers, gains)
             for ranks in itertools.product(*choices)
-            if stored(layers, ranks) <= asked.budget
+            if asked.stored(ranks) <= asked.budget
         )
         assert found.notes["exact"]
         assert loss_of(found.ranks, layers, gains) == pytest.approx(best, abs=1e-12)
@@ -286,7 +287,7 @@ def test_ranks_come_from_a_file(tmp_path: Path) -> None:
         dict(zip(names, expected, strict=True)),
     ):
         (tmp_path / "ranks.json").write_text(json.dumps(content))
-        asked = problem(0.6)._replace(compression={"ranks_file": str(tmp_path / "ranks.json")})
+        asked = problem(0.6)._replace(compression={**COMPRESSION, "ranks_file": str(tmp_path / "ranks.json")})
         assert allocate("file", asked).ranks == expected
     with pytest.raises(ValueError, match=r"ranks\.json: its ranks keep 0\.\d+ of the parameters, not 0\.7"):
         allocate("file", asked._replace(ratio=0.7))

@@ -215,7 +215,7 @@ class WordDependent(nn.Module):
 def test_arguments_that_depend_on_the_tokens_are_refused(llama: Stored) -> None:
     llama.parts.model.get_submodule("model").rotary_emb = WordDependent()
     with pytest.raises(
-        ValueError, match=r"LlamaForCausalLM are called with arguments that depend on the tokens"
+        ValueError, match=r"LlamaForCausalLM are called with position_embeddings that depend on the tokens"
     ):
         llama.hidden(2)
 

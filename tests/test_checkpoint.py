@@ -21,9 +21,11 @@ from transformers import (
     PreTrainedModel,
 )
 
-from aasvd import checkpoint
+from aasvd import checkpoint, weights
 from aasvd.artifacts import DamagedArtifactError
-from aasvd.lowrank import LowRankLinear
+from aasvd.formats import FORMATS
+from aasvd.lowrank import CompressedLinear
+from aasvd.rank import stored_bytes, stored_parameters
 
 RANK = 5
 DETAILS = {"method": "aasvd", "objective": "anchored", "parameter_ratio": 0.6}
@@ -43,10 +45,41 @@ def factor(model: PreTrainedModel, ranks: dict[str, int]) -> dict[str, Tensor]:
     return state
 
 
+def pack(
+    state: dict[str, Tensor], ranks: dict[str, int], storage: str, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Return a state with the factors of the named linears packed as a storage has them."""
+    for name in ranks:
+        parts = FORMATS[storage].pack(state.pop(f"{name}.u"), state.pop(f"{name}.v"), dtype)
+        state |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
+    return state
+
+
+def expand(model: PreTrainedModel, ranks: dict[str, int], storage: str, state: dict[str, Tensor]) -> None:
+    """Make a dense model compute what its packed linears stand for."""
+    for name in ranks:
+        linear = model.get_submodule(name)
+        layer = FORMATS[storage](
+            linear.in_features, linear.out_features, ranks[name], bias=False, dtype=torch.float32
+        )
+        layer.load_state_dict({part: state[f"{name}.{part}"] for part in layer.state_dict()})
+        with torch.no_grad():
+            linear.weight.copy_(layer.dense())
+
+
 class Written:
     """A checkpoint on disk, beside the dense model that computes the same."""
 
-    def __init__(self, folder: Path, architecture: str, *, keep_dense: int = 0, **arguments: Any) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        architecture: str,
+        *,
+        keep_dense: int = 0,
+        storage: str = "factors",
+        dtype: torch.dtype = torch.float32,
+        **arguments: Any,
+    ) -> None:
         self.model = tiny_model(architecture)
         self.dense = folder / "dense"
         self.model.save_pretrained(self.dense)
@@ -54,10 +87,18 @@ class Written:
         (self.dense / "run_me.py").write_text("raise SystemExit")
         self.linears = list(linears(self.model))
         self.ranks = dict.fromkeys(self.linears[keep_dense:], RANK)
-        self.state = factor(self.model, self.ranks)
+        self.storage = storage
+        self.state = pack(factor(self.model, self.ranks), self.ranks, storage, dtype)
+        if FORMATS[storage].OVERHEAD[-1:] == ("scales",):
+            expand(self.model, self.ranks, storage, self.state)
         self.folder = folder / "model"
         self.asked: list[str] = []
-        defaults: dict[str, Any] = {"ranks": self.ranks, "dtype": torch.float32, "tensor": self.tensor}
+        defaults: dict[str, Any] = {
+            "ranks": self.ranks,
+            "storage": storage,
+            "dtype": dtype,
+            "tensor": self.tensor,
+        }
         checkpoint.write(dense=self.dense, output=self.folder, details=DETAILS, **{**defaults, **arguments})
 
     def tensor(self, name: str) -> Tensor:
@@ -69,9 +110,10 @@ def load(folder: Path, **arguments: Any) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(folder, **arguments)
 
 
-@pytest.fixture(scope="module", params=list(TINY))
+@pytest.fixture(scope="module", params=[f"{name} {storage}" for name in TINY for storage in FORMATS])
 def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Written:
-    return Written(tmp_path_factory.mktemp(request.param), request.param, keep_dense=1)
+    name, storage = request.param.split()
+    return Written(tmp_path_factory.mktemp(name), name, keep_dense=1, storage=storage)
 
 
 @pytest.fixture
@@ -115,7 +157,9 @@ def test_logits_are_those_of_the_product_of_the_factors(written: Written) -> Non
     model = load(written.folder)
     assert type(model) is type(written.model)
     assert not model.training
-    found = {name: module.rank for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
+    found = {
+        name: module.rank for name, module in model.named_modules() if isinstance(module, CompressedLinear)
+    }
     assert found == written.ranks
     with torch.no_grad():
         logits, expected = model(tokens()).logits, written.model(tokens()).logits
@@ -142,7 +186,7 @@ def test_save_pretrained_gives_the_same_bytes(written: Written, tmp_path: Path) 
 
 
 def test_each_tensor_is_asked_for_once_and_stored(written: Written) -> None:
-    stored = checkpoint.stored_tensors([written.folder / "model.safetensors"])
+    stored = weights.stored_tensors([written.folder / "model.safetensors"])
     tied = written.model.all_tied_weights_keys
     assert sorted(written.asked) == sorted(stored) == sorted(written.state.keys() - tied)
     with safe_open(written.folder / "model.safetensors", framework="pt") as file:
@@ -150,24 +194,25 @@ def test_each_tensor_is_asked_for_once_and_stored(written: Written) -> None:
 
 
 def test_file_is_smaller_by_what_the_ranks_say(written: Written) -> None:
-    saved = 0
-    modules = linears(written.model)
-    for name, rank in written.ranks.items():
-        out_features, in_features = modules[name].weight.shape
-        saved += out_features * in_features - rank * (out_features + in_features)
-    dense = checkpoint.parameter_counts(written.dense, written.linears)
-    compressed = checkpoint.parameter_counts(written.folder, written.linears)
-    assert dense["linears"] == sum(module.weight.numel() for module in modules.values())
+    numbers = stored = dense_numbers = 0
+    for name, linear in linears(written.model).items():
+        rank, shape = written.ranks.get(name), linear.weight.shape
+        numbers += stored_parameters(*shape, rank, storage=written.storage)
+        stored += stored_bytes(*shape, rank, storage=written.storage, itemsize=4)
+        dense_numbers += linear.weight.numel()
+    dense = checkpoint.counts(written.dense, written.linears)
+    compressed = checkpoint.counts(written.folder, written.linears)
+    assert compressed["linears"] == numbers < dense["linears"] == dense_numbers
     assert dense["model"] == written.model.num_parameters()
-    assert dense["model"] - compressed["model"] == saved
-    assert dense["linears"] - compressed["linears"] == saved
-    # Four bytes a number; only the header differs besides.
+    assert dense["model"] - compressed["model"] == dense_numbers - numbers
+    # Four bytes a number in the dense file; the headers differ besides.
     sizes = [(folder / "model.safetensors").stat().st_size for folder in (written.dense, written.folder)]
+    assert [dense["bytes"], compressed["bytes"]] == sizes
     headers = [
         8 + int.from_bytes((folder / "model.safetensors").read_bytes()[:8], "little")
         for folder in (written.dense, written.folder)
     ]
-    assert (sizes[0] - headers[0]) - (sizes[1] - headers[1]) == 4 * saved
+    assert (sizes[0] - headers[0]) - (sizes[1] - headers[1]) == 4 * dense_numbers - stored
 
 
 def test_embeddings_are_tied_as_in_the_dense_model(written: Written) -> None:
@@ -180,6 +225,8 @@ def test_embeddings_are_tied_as_in_the_dense_model(written: Written) -> None:
 def test_dtype_is_honoured(written: Written) -> None:
     model = load(written.folder, dtype=torch.bfloat16)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    indices = {name: buffer for name, buffer in model.named_buffers() if name in written.state}
+    assert all(torch.equal(buffer, written.state[name]) for name, buffer in indices.items())
     assert model(tokens()).logits.dtype == torch.bfloat16
 
 
@@ -238,7 +285,7 @@ def test_shards(tmp_path: Path, architecture: str) -> None:
     assert all(torch.equal(state[name], written.state[name]) for name in written.asked)
     model.save_pretrained(tmp_path / "again", max_shard_size="10KB")
     assert files(tmp_path / "again") == files(written.folder)
-    counts = checkpoint.parameter_counts(written.folder, written.linears)
+    counts = checkpoint.counts(written.folder, written.linears)
     assert counts["model"] == model.num_parameters()
     checkpoint.verify(written.folder)
 
@@ -279,6 +326,7 @@ def test_generation_config_of_the_dense_model_is_kept(tmp_path: Path) -> None:
         dense=tmp_path / "dense",
         output=tmp_path / "model",
         ranks={},
+        storage="factors",
         details={},
         tensor=state.__getitem__,
         dtype=torch.float32,
@@ -303,7 +351,7 @@ def test_header_is_that_of_the_safetensors_library(tmp_path: Path) -> None:
     }
     save_file(tensors, tmp_path / "theirs", metadata={"format": "pt"})
     meta = {name: tensor.to("meta") for name, tensor in tensors.items()}
-    checkpoint._write_safetensors(tmp_path / "ours", meta, tensors.__getitem__)
+    weights.write_safetensors(tmp_path / "ours", meta, tensors.__getitem__)
     assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
 
 
@@ -365,7 +413,8 @@ def test_importing_registers_in_any_order(first: str) -> None:
         ({"format_version": 2}, r"format_version is 2.*reads 1"),
         ({"format_version": True}, r"format_version is True"),
         ({"format_version": ...}, r"format_version is None"),
-        ({"storage": "remapped"}, r"storage is 'remapped': expected one of factors"),
+        ({"storage": "zip"}, r"storage is 'zip': expected one of factors, pivoted"),
+        ({"storage": "pivoted"}, r"lacks 42 tensors .*rows|lacks 42 tensors .*coefficients"),
         ({"storage": []}, r"storage is \[\]"),
         ({"surprise": 1}, r"unknown key 'surprise'"),
         ({"ranks": ...}, r"ranks is None"),
@@ -424,6 +473,35 @@ def test_factor_of_integers(llama: Written) -> None:
         load(llama.folder)
 
 
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda order: order.new_zeros(len(order)), r"is not an order of the numbers 0 to 31"),
+        (lambda order: order + 1, r"is not an order of the numbers 0 to 31"),
+        (lambda order: -order, r"is not an order of the numbers 0 to 31"),
+        (lambda order: order[:-1].clone(), r"with shape \(31,\): the model has \(32,\)"),
+        (lambda order: order.to(torch.int64), r"as I64: expected I32"),
+        (lambda order: order.to(torch.float32), r"as F32: expected I32"),
+    ],
+)
+def test_bad_order_of_rows(tmp_path: Path, edit: Callable[[Tensor], Tensor], message: str) -> None:
+    llama = Written(tmp_path, "llama", storage="pivoted")
+    name = f"{Q_PROJ}.order"
+    edit_tensors(llama.folder, lambda tensors: tensors.update({name: edit(tensors[name])}))
+    with pytest.raises(ValueError, match=rf"holds {name}.* {message}"):
+        load(llama.folder)
+
+
+@pytest.mark.parametrize("storage", ["remapped", "factors-int8", "pivoted-int8"])
+@pytest.mark.parametrize("bits", [0, -1, 0x7C00])
+def test_bad_scales(tmp_path: Path, storage: str, bits: int) -> None:
+    """Zero, NaN and infinity, as float16 has them."""
+    llama = Written(tmp_path, "llama", storage=storage)
+    edit_tensors(llama.folder, lambda tensors: tensors[f"{Q_PROJ}.scales"][0, 1:2].fill_(bits))
+    with pytest.raises(ValueError, match=rf"{Q_PROJ}\.scales, which holds scales that are not positive"):
+        load(llama.folder)
+
+
 def test_tensor_in_two_shards(tmp_path: Path) -> None:
     llama = Written(tmp_path, "llama", max_shard_size="20KB")
     shards = sorted(llama.folder.glob("*.safetensors"))
@@ -477,6 +555,21 @@ def test_verify_names_the_damage(llama: Written, tmp_path: Path) -> None:
         checkpoint.verify(llama.folder)
 
 
+def test_added_file_is_listed_and_links_stay_as_they_were(llama: Written, tmp_path: Path) -> None:
+    published = tmp_path / "published"
+    published.mkdir()
+    for file in llama.folder.iterdir():
+        (published / file.name).hardlink_to(file)
+    before = (llama.folder / "SHA256SUMS").read_text()
+    for text in ("first", "second"):
+        checkpoint.add_file(published, "README.md", text)
+    assert (published / "README.md").read_text() == "second"
+    assert (published / "SHA256SUMS").read_text().count("README.md") == 1
+    checkpoint.verify(published)
+    assert (llama.folder / "SHA256SUMS").read_text() == before
+    load(published)
+
+
 def test_failed_write_leaves_the_former_checkpoint(llama: Written) -> None:
     before = files(llama.folder)
 
@@ -490,6 +583,7 @@ def test_failed_write_leaves_the_former_checkpoint(llama: Written) -> None:
             dense=llama.dense,
             output=llama.folder,
             ranks=llama.ranks,
+            storage="factors",
             details={},
             tensor=failing,
             dtype=torch.float32,
@@ -524,6 +618,7 @@ def test_write_refuses(llama: Written, tmp_path: Path, change: dict[str, Any], m
     scale = change.pop("scale", 1.0)
     arguments: dict[str, Any] = {
         "ranks": llama.ranks,
+        "storage": "factors",
         "details": {},
         "tensor": lambda name: llama.state[name] * scale,
         "dtype": torch.float32,
@@ -536,6 +631,7 @@ def test_write_refuses(llama: Written, tmp_path: Path, change: dict[str, Any], m
 def test_write_refuses_quantized_models_and_foreign_folders(llama: Written, tmp_path: Path) -> None:
     arguments: dict[str, Any] = {
         "ranks": {},
+        "storage": "factors",
         "details": {},
         "tensor": llama.tensor,
         "dtype": torch.float32,
@@ -550,6 +646,6 @@ def test_write_refuses_quantized_models_and_foreign_folders(llama: Written, tmp_
 
 def test_counts_of_an_incomplete_folder(llama: Written, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"has no model\.safetensors"):
-        checkpoint.parameter_counts(tmp_path, [])
+        checkpoint.counts(tmp_path, [])
     with pytest.raises(ValueError, match="no weight of the linear other"):
-        checkpoint.parameter_counts(llama.folder, [*llama.linears, "other"])
+        checkpoint.counts(llama.folder, [*llama.linears, "other"])

@@ -59,7 +59,7 @@ class Case:
 
     def ranks(self, ratio: float) -> dict[str, int | None]:
         return {
-            name: uniform_rank(*weight_of(self.block, name).shape, parameter_ratio=ratio)
+            name: uniform_rank(*weight_of(self.block, name).shape, parameter_ratio=ratio, storage="factors")
             for group in self.groups
             for name in group
         }
@@ -218,7 +218,7 @@ def slow_anchored(
             solution = torch.from_numpy(
                 np.linalg.lstsq(x_shifted.T.numpy(), target.T.numpy(), rcond=1e-10)[0]
             ).T
-            rank = uniform_rank(*weight.shape, parameter_ratio=ratio)
+            rank = uniform_rank(*weight.shape, parameter_ratio=ratio, storage="factors")
             left = torch.linalg.svd(solution @ x_shifted, full_matrices=False).U[:, :rank]
             weights[name] = left @ left.T @ solution
             outputs[name] = weights[name] @ x_shifted

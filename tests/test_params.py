@@ -105,6 +105,7 @@ def test_no_object_of_the_schema_takes_unknown_keys() -> None:
         (["calibration", "sampling"], "best", r"calibration\.sampling: 'best' is not one of .*'sequential'"),
         (["calibration", "batch"], True, r"calibration\.batch: True is not of type 'integer'"),
         (["compression", "objective"], "obj4", r"compression\.objective: 'obj4' is not one of .*anchored"),
+        (["compression", "storage"], "zip", r"compression\.storage: 'zip' is not one of .*pivoted"),
         (["compression", "blend"], 1.5, r"compression\.blend: 1\.5 is greater than the maximum of 1"),
         (["refinement", "learning_rate"], 0, r"refinement\.learning_rate: 0 is less than or equal to"),
         (["refinement", "shuffle"], "no", r"refinement\.shuffle: 'no' is not of type 'boolean'"),
@@ -218,6 +219,8 @@ ORIGINAL = COMPRESSED | {"calibration", "original"}
         ("calibration", "keep_activations", False, set()),
         ("compression", "objective", "anchored", COMPRESSED),
         ("compression", "ridge", 0.1, COMPRESSED),
+        ("compression", "storage", "pivoted", COMPRESSED),
+        ("compression", "precision", "int8", COMPRESSED),
         ("compression", "blend", 0.1, set()),
         ("compression", "buckets", 7, set()),
         ("compression", "probe", 7, set()),
@@ -338,6 +341,12 @@ def test_an_evaluation_setting_renames_only_its_measurements(
     local["evaluation"][key] = value
     after = paths(local).measurements()
     assert {new.split("_")[0] for old, new in zip(before, after, strict=True) if old != new} == changed
+
+
+def test_remapped_is_eight_bits_already(config: Config) -> None:
+    config["variants"]["both"] = {"compression": {"storage": "remapped", "precision": "int8"}}
+    with pytest.raises(ValueError, match=r"int8 does not go with .*remapped"):
+        params.parse_run(config, f"{min(config['models'])}_r0.6_both")
 
 
 @pytest.mark.parametrize("kind", ["model", "text", "task", "calibration", "compression", "evaluation"])

@@ -30,6 +30,47 @@ RESULT: dict[str, Any] = {
 }
 
 
+CARD: dict[str, Any] = {
+    "result": RESULT
+    | {
+        "model": "mine",
+        "storage": "pivoted",
+        "precision": "int8",
+        "bytes": {"dense": 2_000_000, "compressed": 700_000},
+    },
+    "base": {"hub": "org/name", "revision": "main"},
+    "shapes": {
+        "model.layers.0.q": [8, 6],
+        "model.layers.0.up": [9, 6],
+        "model.layers.1.q": [8, 6],
+        "model.layers.1.up": [9, 6],
+        "model.layers.1.gate": [2, 1],
+    },
+    "ranks": {"model.layers.0.q": 3, "model.layers.1.q": 3, "model.layers.0.up": 2},
+    "path": "model.layers",
+}
+
+
+def test_model_card_says_what_it_is() -> None:
+    card = report.model_card(**CARD)
+    assert card.startswith("---\nlibrary_name: transformers\n")
+    for line in (
+        "| perplexity wikitext2 | 21.24 | 51.20 |",
+        "| bytes of weights | 2,000,000 | 700,000 |",
+        "| q | 8 x 6 | 3 | 2 |",
+        "| up | 9 x 6 | 2, 1 dense | 2 |",
+        "| gate | 2 x 1 | dense | 1 |",
+    ):
+        assert line in card.splitlines()
+    assert "mine (hub org/name, revision main)" in card
+    assert "storage pivoted, precision int8" in card and "0.5987" in card
+
+
+def test_model_card_holds_nothing_that_changes_between_runs() -> None:
+    slower = CARD["result"] | {"seconds": {"solve": 99.0}, "peak_memory_mb": 1.0}
+    assert report.model_card(**CARD) == report.model_card(**{**CARD, "result": slower})
+
+
 class _Cells(HTMLParser):
     def __init__(self) -> None:
         super().__init__()

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from stored import TOKENS, random_tokens
 from transformers import AutoModelForCausalLM
 
-from aasvd import calibration, stages
+from aasvd import calibration, checkpoint, stages
 from aasvd.artifacts import DamagedArtifactError, read_tensors, verify
 
 CPU = torch.device("cpu")
@@ -39,8 +39,8 @@ REFINEMENT: dict[str, Any] = {
 class Chain:
     """All stages between a model's folder and its checkpoint, with files named as the rules name them."""
 
-    def __init__(self, folder: Path, dense: Path) -> None:
-        self.folder, self.dense = folder, dense
+    def __init__(self, folder: Path, dense: Path, storage: str) -> None:
+        self.folder, self.dense, self.storage = folder, dense, storage
         self.log = str(folder / "log")
 
     def path(self, name: str) -> str:
@@ -73,7 +73,7 @@ class Chain:
             output=self.path("ranks.json"),
             record=self.path("allocate.json"),
             parameter_ratio=0.6,
-            compression=COMPRESSION,
+            compression={**COMPRESSION, "storage": self.storage},
             log=self.log,
         )
         for block in range(count):
@@ -102,7 +102,7 @@ class Chain:
             record=self.path(f"solve{block}.json"),
             index=block,
             calibration=CALIBRATION,
-            compression=COMPRESSION,
+            compression={**COMPRESSION, "storage": self.storage},
             log=self.log,
         )
 
@@ -134,13 +134,15 @@ class Chain:
             log=self.log,
         )
 
-    def assemble(self, blocks: int) -> Path:
+    def assemble(self, blocks: int, *, storage: str = "", precision: str = "model") -> Path:
         stages.assemble(
             source=self.path("source.json"),
             outline=self.path("outline.json"),
             factors=[self.path(f"refined{block}") for block in range(blocks)],
             checksums=self.path("model/SHA256SUMS"),
             record=self.path("assemble.json"),
+            storage=storage or self.storage,
+            precision=precision,
             details={},
             log=self.log,
         )
@@ -148,18 +150,20 @@ class Chain:
 
 
 @pytest.fixture
-def chain(tmp_path: Path) -> Callable[[str], Chain]:
-    def make(name: str) -> Chain:
+def chain(tmp_path: Path) -> Callable[..., Chain]:
+    def make(name: str, storage: str = "factors") -> Chain:
         tiny_model(name).save_pretrained(tmp_path / "dense")
-        return Chain(tmp_path / "made", tmp_path / "dense")
+        return Chain(tmp_path / "made", tmp_path / "dense", storage)
 
     return make
 
 
-@pytest.mark.parametrize("name", TINY)
-def test_stages_end_to_end(chain: Callable[[str], Chain], name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "storage"), [*((name, "factors") for name in TINY), ("llama", "pivoted"), ("opt", "pivoted")]
+)
+def test_stages_end_to_end(chain: Callable[..., Chain], name: str, storage: str) -> None:
     """The loaded checkpoint computes what the last shifted activations say, on every architecture."""
-    run = chain(name)
+    run = chain(name, storage)
     blocks = run.original()
     for block in range(blocks):
         run.solve(block)
@@ -179,6 +183,12 @@ def test_stages_end_to_end(chain: Callable[[str], Chain], name: str) -> None:
     assert expected.shape == (3, TOKENS, 32)
     # The same float32 operations in batches of another size: some hundred eps of the largest value.
     torch.testing.assert_close(reached[0], expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+    assert not (run.folder / ".packed").exists()
+    linears = json.loads(Path(run.path("outline.json")).read_text())["linears"]
+    stored = checkpoint.counts(run.folder / "model", list(linears))["linears"]
+    ratio = stored / sum(rows * columns for rows, columns in linears.values())
+    # The largest rank that keeps the ratio: on matrices of 32 x 32, up to one direction of 64 numbers less.
+    assert 0.6 - 64 / 1024 < ratio <= 0.6
     for block in range(blocks):
         before = json.loads(Path(run.path(f"refine{block}.json")).read_text())["before"]
         after = json.loads(Path(run.path(f"propagate{block}.json")).read_text())["after"]
@@ -212,7 +222,40 @@ def test_objectives_on_original_inputs_read_no_activations(
         assert len(load_file(run.path(f"solved{block}"))) == 2 * 7
 
 
-def test_refinement_that_makes_a_block_worse_is_not_kept(chain: Callable[[str], Chain]) -> None:
+@pytest.mark.parametrize(
+    ("storage", "precision", "allowed"),
+    [
+        ("factors", "int8", 0.15),
+        ("pivoted", "int8", 0.25),
+        ("remapped", "model", 0.2),
+        ("pivoted", "bfloat16", 0.05),
+    ],
+)
+def test_rounded_formats_stay_close(
+    chain: Callable[..., Chain], storage: str, precision: str, allowed: float
+) -> None:
+    """Rounding comes after refinement: the logits stay near those of the unrounded checkpoint."""
+    run = chain("llama", storage)
+    blocks = run.original()
+    for block in range(blocks):
+        run.solve(block)
+        run.refine(block)
+        run.propagate(block)
+    expected = AutoModelForCausalLM.from_pretrained(
+        run.assemble(blocks, storage="factors"), dtype=torch.float32
+    )
+    found = AutoModelForCausalLM.from_pretrained(
+        run.assemble(blocks, precision=precision), dtype=torch.float32
+    )
+    stored = json.loads((run.folder / "model" / "config.json").read_text())
+    assert stored["dtype"] == ("bfloat16" if precision == "bfloat16" else "float32")
+    assert stored["quantization_config"]["storage"] == storage + ("-int8" if precision == "int8" else "")
+    with torch.no_grad():
+        exact, logits = expected(random_tokens(3)).logits, found(random_tokens(3)).logits
+    assert 0 < ((logits - exact).norm() / exact.norm()).item() < allowed
+
+
+def test_refinement_that_makes_a_block_worse_is_not_kept(chain: Callable[..., Chain]) -> None:
     run = chain("llama")
     run.original()
     run.solve(0)
@@ -225,7 +268,7 @@ def test_refinement_that_makes_a_block_worse_is_not_kept(chain: Callable[[str], 
     assert "solved factors stay" in Path(run.path("log")).read_text()
 
 
-def test_a_stage_repeated_gives_the_same_bytes_and_records_itself(chain: Callable[[str], Chain]) -> None:
+def test_a_stage_repeated_gives_the_same_bytes_and_records_itself(chain: Callable[..., Chain]) -> None:
     run = chain("llama")
     run.original()
     run.solve(0)
@@ -246,7 +289,7 @@ def test_a_stage_repeated_gives_the_same_bytes_and_records_itself(chain: Callabl
     assert "refine block 0: done" in Path(run.log).read_text()
 
 
-def test_an_assembled_checkpoint_is_made_again_over_its_remains(chain: Callable[[str], Chain]) -> None:
+def test_an_assembled_checkpoint_is_made_again_over_its_remains(chain: Callable[..., Chain]) -> None:
     run = chain("llama")
     blocks = run.original()
     for block in range(blocks):
@@ -262,7 +305,7 @@ def test_an_assembled_checkpoint_is_made_again_over_its_remains(chain: Callable[
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_a_damaged_input_names_stage_file_and_command(chain: Callable[[str], Chain]) -> None:
+def test_a_damaged_input_names_stage_file_and_command(chain: Callable[..., Chain]) -> None:
     run = chain("llama")
     run.original()
     file = Path(run.path("c0"))
@@ -288,7 +331,7 @@ def test_numbers_that_are_not_finite_name_layer_and_stage(tmp_path: Path, where:
             model.model.embed_tokens.weight[:] = torch.inf
     model.save_pretrained(tmp_path / "dense")
     with pytest.raises(stages.StageError, match=rf"capture block 0: .*not finite: {cause}"):
-        Chain(tmp_path / "made", tmp_path / "dense").original()
+        Chain(tmp_path / "made", tmp_path / "dense", "factors").original()
 
 
 def test_running_out_of_memory_says_which_setting_lowers_it(tmp_path: Path) -> None:

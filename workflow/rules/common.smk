@@ -3,6 +3,7 @@
 import functools
 import importlib
 import pathlib
+import sys
 
 from snakemake.exceptions import WorkflowError
 
@@ -49,6 +50,9 @@ def stages():
 
 
 checked(params.validate, config)
+# A mistyped run is found here, in one line, rather than deep inside the graph. Snakemake tells a Snakefile no targets.
+for run in params.named_runs(sys.argv[1:]):
+    checked(params.parse_run, config, run)
 
 
 # Every job asks for its run a few times, and working out a key reads local models and texts.

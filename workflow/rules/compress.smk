@@ -153,9 +153,17 @@ rule assemble:
     log:
         "logs/{model}/{calibration}/{compression}/assemble.log",
     params:
+        settings=settings_of("compression"),
         details=lambda w: params.compression_ingredients(config, run_of(w)),
     run:
-        stages().assemble(**input, **output, details=params.details, log=log[0])
+        stages().assemble(
+            **input,
+            **output,
+            storage=params.settings["storage"],
+            precision=params.settings["precision"],
+            details=params.details,
+            log=log[0],
+        )
 
 
 rule adapt:

@@ -77,6 +77,7 @@ rule publish:
         "logs/publish/{run}.log",
     params:
         run=run_of,
+        base=lambda w: config["models"][run_of(w).model],
         made_from=lambda w: paths_of(w).publication(),
     run:
         stages().publish(
@@ -89,6 +90,7 @@ rule publish:
             outdated=input.outdated,
             **output,
             run=params.run,
+            base=params.base,
             keys=params.made_from,
             log=log[0],
         )

@@ -1,0 +1,137 @@
+"""The loader under damaged and hostile folders: a clear error or the very same model, never anything else."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_checkpoint import Q_PROJ, Written, load
+from torch import Tensor
+
+from aasvd.formats import FORMATS
+
+SEARCH = settings(
+    max_examples=15,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=6),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@pytest.fixture(scope="module", params=list(FORMATS))
+def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Written:
+    return Written(tmp_path_factory.mktemp(request.param), "llama", storage=request.param)
+
+
+def state(folder: Path) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in load(folder).state_dict().items()}
+
+
+def refused_or_same(folder: Path, expected: dict[str, Tensor]) -> None:
+    """Load a folder; a ValueError with a message is fine, and so is the model that was written."""
+    try:
+        found = state(folder)
+    except ValueError as error:
+        assert len(str(error)) > 20, repr(error)
+        return
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def copied(written: Written, folder: Path, *, checksums: bool) -> Path:
+    target = folder / "copy"
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(written.folder, target)
+    if not checksums:
+        (target / "SHA256SUMS").unlink()
+    return target
+
+
+@SEARCH
+@given(data=st.data())
+def test_mutated_quantization_config(written: Written, tmp_path: Path, data: st.DataObject) -> None:
+    """Without SHA256SUMS, so that the checks of the config itself are what is tested."""
+    folder = copied(written, tmp_path, checksums=False)
+    config = json.loads((folder / "config.json").read_text())
+    quantization: dict[str, Any] = config["quantization_config"]
+    kind = data.draw(st.sampled_from(["value", "remove", "add", "rank", "name", "storage"]))
+    key = data.draw(st.sampled_from(["format_version", "storage", "ranks"]))
+    if kind == "value":
+        quantization[key] = data.draw(JSON)
+    elif kind == "remove":
+        del quantization[key]
+    elif kind == "add":
+        quantization[data.draw(st.text(min_size=1, max_size=5))] = data.draw(JSON)
+    elif kind == "rank":
+        quantization["ranks"][Q_PROJ] = data.draw(JSON | st.integers(-3, 40))
+    elif kind == "name":
+        names = st.text(max_size=8) | st.sampled_from(["model", "lm_head", "model.norm", f"{Q_PROJ}.u"])
+        quantization["ranks"][data.draw(names)] = data.draw(st.integers(1, 40))
+    else:
+        quantization["storage"] = data.draw(st.sampled_from(list(FORMATS)))
+    (folder / "config.json").write_text(json.dumps(config))
+    refused_or_same(folder, written.state)
+
+
+@SEARCH
+@given(data=st.data())
+def test_cut_and_flipped_files(written: Written, tmp_path: Path, data: st.DataObject) -> None:
+    """Any bit of the weights, half of them in the header, any length; SHA256SUMS tells the rest."""
+    folder = copied(written, tmp_path, checksums=True)
+    path = folder / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    header = 8 + int.from_bytes(content[:8], "little")
+    if data.draw(st.booleans()):
+        del content[data.draw(st.integers(0, len(content) - 1)) :]
+    else:
+        place = data.draw(st.integers(0, header - 1) | st.integers(header, len(content) - 1))
+        content[place] ^= 1 << data.draw(st.integers(0, 7))
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"model\.safetensors|lacks|holds"):
+        load(folder)
+
+
+@SEARCH
+@given(data=st.data())
+def test_flipped_headers_without_checksums(written: Written, tmp_path: Path, data: st.DataObject) -> None:
+    """A header alone cannot say everything, but what it says wrong must not crash the loader."""
+    folder = copied(written, tmp_path, checksums=False)
+    path = folder / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    place = data.draw(st.integers(0, 8 + int.from_bytes(content[:8], "little") - 1))
+    content[place] ^= 1 << data.draw(st.integers(0, 7))
+    path.write_bytes(content)
+    refused_or_same(folder, written.state)
+
+
+def test_folders_code_is_never_run(written: Written, tmp_path: Path) -> None:
+    folder = copied(written, tmp_path, checksums=False)
+    marker = tmp_path / "ran"
+    names = "LlamaForCausalLM as Mine, LlamaConfig as Config"
+    code = f"open({str(marker)!r}, 'w')\nfrom transformers import {names}\n"
+    (folder / "mine.py").write_text(code)
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Mine"}
+    (folder / "config.json").write_text(json.dumps(config))
+    load(folder, trust_remote_code=False)
+    assert not marker.exists()
+
+
+def test_changed_config_beside_checksums(written: Written, tmp_path: Path) -> None:
+    folder = copied(written, tmp_path, checksums=True)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.5}))
+    with pytest.raises(ValueError, match=r"config\.json is damaged or was changed.*remove SHA256SUMS"):
+        load(folder)
+    (folder / "SHA256SUMS").unlink()
+    assert load(folder).config.rms_norm_eps == 0.5
