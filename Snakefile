@@ -19,6 +19,7 @@ include: "workflow/rules/compress.smk"
 include: "workflow/rules/evaluate.smk"
 include: "workflow/rules/results.smk"
 include: "workflow/rules/paper.smk"
+include: "workflow/rules/compare.smk"
 include: "workflow/rules/phases.smk"
 
 

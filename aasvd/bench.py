@@ -30,10 +30,17 @@ PEER = REPOSITORY.parent / "shared" / "data" / "peer"
 CALIBRATION: dict[str, Any] = {"sequences": 32, "tokens": 512, "sampling": "sequential"}
 BENCHMARKS: dict[str, dict[str, Any]] = {
     "default": {},
-    # The same at the ranks of the official code, which stores U and V.
-    "tuned": {"compression": {"storage": "factors"}},
+    # The same at the ranks of the official code: U and V, the same ratio for every matrix.
+    "tuned": {
+        "compression": {"objective": "input_aware", "allocation": "uniform", "storage": "factors"},
+    },
     "paper": {
-        "compression": {"objective": "anchored", "ridge": 0.0, "storage": "factors"},
+        "compression": {
+            "objective": "anchored",
+            "ridge": 0.0,
+            "allocation": "uniform",
+            "storage": "factors",
+        },
         "refinement": {
             "epochs": 25,
             "steps": 0,
@@ -45,7 +52,12 @@ BENCHMARKS: dict[str, dict[str, Any]] = {
         },
     },
     "norefine": {
-        "compression": {"objective": "anchored", "ridge": 0.0, "storage": "factors"},
+        "compression": {
+            "objective": "anchored",
+            "ridge": 0.0,
+            "allocation": "uniform",
+            "storage": "factors",
+        },
         "refinement": {"epochs": 0},
     },
 }
@@ -216,7 +228,7 @@ def memory(repository_config: Mapping[str, Any]) -> dict[str, dict[str, float]]:
         overrides = {
             "runs": ["smollm2-135m_r0.6"],
             "calibration": {**CALIBRATION, "sequences": sequences, "text": "enwiki100"},
-            "compression": {"objective": "anchored"},
+            "compression": {"objective": "anchored", "allocation": "uniform"},
             "refinement": {"epochs": 1},
         }
         config = _merged(repository_config, overrides)

@@ -18,6 +18,7 @@ import torch
 from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils._pytree import tree_map_only
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -167,12 +168,14 @@ class Entrance(NamedTuple):
 
 
 @contextlib.contextmanager
-def _stand_ins(parts: Skeleton, calls: list[tuple[Tensor, dict[str, Any]]]) -> Iterator[None]:
-    """Let every block record how it is called and return its input; the blocks stay what they are."""
+def _stand_ins(
+    parts: Skeleton, calls: list[tuple[Tensor, dict[str, Any]]], output: Tensor | None = None
+) -> Iterator[None]:
+    """Let every block record its call and return its input, or `output`; the blocks stay what they are."""
 
     def stand_in(hidden_states: Tensor, **arguments: Any) -> Tensor:
         calls.append((hidden_states, arguments))
-        return hidden_states
+        return hidden_states if output is None else output
 
     for block in parts.blocks:
         block.forward = stand_in
@@ -241,6 +244,56 @@ def forward_arguments(
     """
     arguments = _enter(_callable(parts, {}, dtype), torch.zeros(1, tokens, dtype=torch.long)).arguments
     return [place(mapping, device=device, dtype=dtype) for mapping in arguments]
+
+
+# Elements of the logits that exist at one time.
+_LOGITS = 2**24
+
+
+class Head:
+    """What a model does behind its last block: its loss as a function of what leaves the blocks."""
+
+    def __init__(self, source: Source, parts: Skeleton, *, device: torch.device, dtype: torch.dtype) -> None:
+        """Read everything but the blocks."""
+        state = {
+            name: read(source, parts, name).to(dtype)
+            for name, _ in parts.model.named_parameters()
+            if not name.startswith(f"{parts.path}.") and name not in parts.model.all_tied_weights_keys
+        }
+        self._parts = _callable(parts, state, dtype)
+        # A tied output layer has no weights of its own to read.
+        self._parts.model.tie_weights()
+        for name, module in self._parts.model.named_modules():
+            if not f"{name}.".startswith(f"{parts.path}."):
+                for part in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+                    part.data = part.data.to(device)
+        self._device, self._dtype = device, dtype
+
+    def loss(self, hidden: Tensor, ids: Tensor) -> Tensor:
+        """Return each sequence's summed cross entropy, in nats; differentiable in `hidden`.
+
+        The head works position by position, so it is called for a limited number of positions at a time.
+
+        Args:
+            hidden: What leaves the last block, (sequences, tokens, width).
+            ids: The sequences' tokens, (sequences, tokens).
+        """
+        vocabulary = self._parts.model.config.get_text_config().vocab_size
+        step = max(1, _LOGITS // (vocabulary * len(ids)))
+        total = torch.zeros(len(ids), device=self._device)
+        for start in range(0, ids.shape[1] - 1, step):
+            stop = min(start + step, ids.shape[1] - 1)
+            some = hidden[:, start:stop].to(self._device, self._dtype)
+            with _stand_ins(self._parts, [], output=some):
+                logits = self._parts.model(
+                    input_ids=ids[:, start:stop].to(self._device), use_cache=False
+                ).logits
+            targets = ids[:, start + 1 : stop + 1].to(self._device)
+            losses = functional.cross_entropy(
+                logits.float().flatten(0, 1), targets.flatten(), reduction="none"
+            )
+            total = total + losses.view(targets.shape).sum(1)
+        return total
 
 
 def _callable(parts: Skeleton, state: Mapping[str, Tensor], dtype: torch.dtype) -> Skeleton:

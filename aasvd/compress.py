@@ -1,4 +1,4 @@
-"""Compress one decoder block: the original's covariances, then anchored factors, group by group."""
+"""Compress one decoder block: the original's statistics, then factors, group by group."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -10,43 +10,8 @@ from aasvd.artifacts import Activations
 from aasvd.capture import recording, watching
 from aasvd.covariance import CrossGram, Gram
 from aasvd.lowrank import LowRankLinear
-from aasvd.rank import uniform_rank
-from aasvd.solve import factorize, prepare, relative_error
-
-
-class Objective(NamedTuple):
-    """A layer objective as the statistics it needs and the blend it uses (see `aasvd.solve`).
-
-    Attributes:
-        shifted: Whether it looks at the inputs that the partly compressed model sees.
-        original: Whether it looks at the original inputs.
-        blend: Weight of the original outputs W X against W X' in what is fitted.
-    """
-
-    shifted: bool
-    original: bool
-    blend: float
-
-
-OBJECTIVES = {
-    "input_agnostic": Objective(shifted=False, original=False, blend=0.0),
-    "input_aware": Objective(shifted=False, original=True, blend=0.0),
-    "shift_aware": Objective(shifted=True, original=False, blend=0.0),
-    "anchored": Objective(shifted=True, original=True, blend=1.0),
-}
-
-
-def objective(name: str, *, blend: float) -> Objective:
-    """Return the objective of a name in params.yaml; `blended` takes its blend from there too.
-
-    Raises:
-        ValueError: If there is no such objective.
-    """
-    if name == "blended":
-        return Objective(shifted=True, original=True, blend=blend)
-    if name not in OBJECTIVES:
-        raise ValueError(f"unknown objective {name!r}; there are {', '.join([*OBJECTIVES, 'blended'])}")
-    return OBJECTIVES[name]
+from aasvd.methods import OBJECTIVES
+from aasvd.objectives import Options, Statistics, solver
 
 
 class Stream(NamedTuple):
@@ -69,6 +34,18 @@ class Stream(NamedTuple):
     dtype: torch.dtype
 
 
+class Captured(NamedTuple):
+    """What a group of linears reads in the original block.
+
+    Attributes:
+        gram: X Xᵀ, (features, features) float64.
+        absolute: Σ over tokens of |x|, (features,) float64.
+    """
+
+    gram: Tensor
+    absolute: Tensor
+
+
 @torch.inference_mode()
 def capture_block(
     block: nn.Module,
@@ -79,8 +56,8 @@ def capture_block(
     batch: int,
     device: torch.device,
     on_output: Callable[[Tensor], None],
-) -> list[Tensor]:
-    """Run the original block over all calibration sequences and accumulate its covariances.
+) -> list[Captured]:
+    """Run the original block over all calibration sequences and accumulate its statistics.
 
     Args:
         block: The original block on `device`.
@@ -92,13 +69,14 @@ def capture_block(
         on_output: Called with each batch of the block's outputs.
 
     Returns:
-        One Gram matrix X Xᵀ per group, (features, features) float64.
+        The statistics of each group.
 
     Raises:
         ValueError: If an output or a covariance (names its layers) is not finite.
     """
     dtype = next(block.parameters()).dtype
     grams = [Gram(_features(block, group), device=device) for group in groups]
+    absolute = [torch.zeros(_features(block, g), dtype=torch.float64, device=device) for g in groups]
     with watching(block, groups) as seen:
         for hidden in inputs.batches(batch):
             output = block(hidden.to(device, dtype), **arguments)
@@ -106,14 +84,50 @@ def capture_block(
                 cause = _not_finite(block, groups, seen)
                 raise ValueError(f"the original block's output is not finite: {cause}")
             on_output(output)
-            for gram, x in zip(grams, seen, strict=True):
+            for gram, total, x in zip(grams, absolute, seen, strict=True):
                 gram.add(x)
+                total += x.abs().flatten(0, -2).sum(0, dtype=torch.float64)
             seen.clear()
     matrices = [gram.matrix() for gram in grams]
     for group, matrix in zip(groups, matrices, strict=True):
         if not torch.isfinite(matrix).all():
             raise ValueError(f"the covariance of the inputs of {', '.join(group)} is not finite")
-    return matrices
+    return [Captured(*pair) for pair in zip(matrices, absolute, strict=True)]
+
+
+@torch.inference_mode()
+def bucket_grams(
+    block: nn.Module,
+    groups: Sequence[Sequence[str]],
+    *,
+    inputs: Activations,
+    buckets: Sequence[Sequence[int]],
+    arguments: Mapping[str, Any],
+    device: torch.device,
+) -> list[Tensor]:
+    """Return each group's X Xᵀ with X averaged over the sequences of each bucket (AdaSVD's stack of batch).
+
+    Args:
+        block: The original block on `device`.
+        groups: Names of its linears, grouped by shared input.
+        inputs: Inputs of the original block, (sequences, tokens, width).
+        buckets: The sequences of each bucket.
+        arguments: The block's keyword arguments.
+        device: Where the block is.
+    """
+    dtype = next(block.parameters()).dtype
+    grams = [Gram(_features(block, group), device=device) for group in groups]
+    with watching(block, groups) as seen:
+        for sequences in buckets:
+            totals: list[Tensor] = []
+            for sequence in sequences:
+                block(inputs.read([sequence]).to(device, dtype), **arguments)
+                read = [x.to(torch.float64) for x in seen]
+                totals = [total + x for total, x in zip(totals, read, strict=True)] if totals else read
+                seen.clear()
+            for gram, total in zip(grams, totals, strict=True):
+                gram.add(total / len(sequences))
+    return [gram.matrix() for gram in grams]
 
 
 def _not_finite(block: nn.Module, groups: Sequence[Sequence[str]], seen: Sequence[Tensor]) -> str:
@@ -145,88 +159,52 @@ def solve_block(
     compressed: nn.Module,
     groups: Sequence[Sequence[str]],
     *,
-    objective: Objective,
-    parameter_ratio: float,
-    storage: str,
-    ridge: float,
-    grams: Sequence[Tensor],
-    token_count: int,
+    objective: str,
+    options: Options,
+    ranks: Mapping[str, int | None],
+    statistics: Sequence[Statistics],
     stream: Stream | None,
-    device: torch.device,
 ) -> Solution:
     """Factorize a block's linears, group by group in the order they are called.
 
-    Each group sees the shifted inputs that the groups compressed before it cause; factors are put into
-    `compressed` as they are found.
+    Where the objective looks at shifted inputs, each group sees those that the groups compressed before
+    it cause; factors are put into `compressed` as they are found.
 
     Args:
-        original: The original block on `device`.
+        original: The original block.
         compressed: A copy of it, changed in place.
         groups: Names of its linears, grouped by shared input.
-        objective: What is minimised.
-        parameter_ratio: Share of each matrix's parameters that is kept.
-        storage: Format whose cost decides the rank at that share (see `aasvd.rank`).
-        ridge: Pull towards W, relative to the mean diagonal of the covariance.
-        grams: X Xᵀ of each group on the original side.
-        token_count: Number of tokens the covariances sum over.
+        objective: A name in `aasvd.methods.OBJECTIVES`.
+        options: Blend and ridge.
+        ranks: Rank of every linear; None leaves it dense.
+        statistics: What is known of each group on the original side.
         stream: Activations of both sides; needed by objectives that look at shifted inputs.
-        device: Where the block is.
 
     Raises:
         ValueError: If a covariance is not finite (names the layers).
     """
+    needs = OBJECTIVES[objective].needs
     tensors: dict[str, Tensor] = {}
     report: dict[str, dict[str, float | int | None]] = {}
     for index, group in enumerate(groups):
-        weights = {name: _linear(original, name).weight.detach() for name in group}
-        ranks = {
-            name: uniform_rank(*w.shape, parameter_ratio=parameter_ratio, storage=storage)
-            for name, w in weights.items()
-        }
-        gram = unshifted = grams[index].to(device)
-        cross = None
-        if objective.shifted:
+        known = statistics[index]
+        if "shifted" in needs:
             assert stream is not None
-            gram, cross = _shifted_statistics(
-                original, compressed, groups, index, objective=objective, stream=stream
+            shifted, cross = _shifted_statistics(
+                original, compressed, groups, index, need_cross="cross" in needs, stream=stream
             )
-        elif not objective.original:
-            # As if every token excited all directions alike.
-            gram = torch.eye(len(unshifted), dtype=torch.float64, device=device) * token_count
-        for matrix in (gram, cross):
+            known = known._replace(shifted=shifted, cross=cross)
+        for matrix in (known.gram, known.shifted, known.cross, known.buckets):
             if matrix is not None and not torch.isfinite(matrix).all():
                 raise ValueError(f"the covariance of the inputs of {', '.join(group)} is not finite")
-        need_root = any(ranks[name] is not None and w.shape[0] > w.shape[1] for name, w in weights.items())
-        target = prepare(
-            gram,
-            cross_gram=cross,
-            blend=objective.blend,
-            ridge=ridge,
-            need_root=need_root,
-            token_count=token_count,
-        )
-        for name, weight in weights.items():
-            rank = ranks[name]
-            entry: dict[str, float | int | None] = {"rank": rank}
-            report[name] = entry
+        solve = solver(objective, known, options=options)
+        for name in group:
+            weight, rank = _linear(original, name).weight.detach(), ranks[name]
+            report[name] = {"rank": rank}
             if rank is None:
                 continue
-            factors = factorize(weight, target, rank=rank)
-            fitted = factors.u @ factors.v
-            entry |= {
-                # Each objective's own error: against W X where it is anchored, else on the inputs it uses.
-                "relative_error": relative_error(
-                    weight,
-                    fitted,
-                    original=gram if cross is None else unshifted,
-                    cross_gram=cross,
-                    shifted=None if cross is None else gram,
-                ),
-                "energy_kept": factors.kept,
-                "directions_dropped": target.dropped,
-                "cutoff": target.cutoff,
-                "ridge": target.ridge,
-            }
+            factors, numbers = solve(name, weight, rank)
+            report[name] |= numbers
             tensors[f"{name}.u"] = factors.u.float().cpu()
             tensors[f"{name}.v"] = factors.v.float().cpu()
             bias = _linear(original, name).bias
@@ -252,13 +230,13 @@ def _shifted_statistics(
     groups: Sequence[Sequence[str]],
     index: int,
     *,
-    objective: Objective,
+    need_cross: bool,
     stream: Stream,
 ) -> tuple[Tensor, Tensor | None]:
     """Return X'X'ᵀ of one group and, where the objective fits original outputs, XX'ᵀ."""
     features = _features(compressed, groups[index])
     gram = Gram(features, device=stream.device)
-    cross = CrossGram(features, device=stream.device) if objective.blend > 0 else None
+    cross = CrossGram(features, device=stream.device) if need_cross else None
     pairs = zip(stream.original.batches(stream.batch), stream.shifted.batches(stream.batch), strict=True)
     with recording(compressed, groups, index) as shifted, recording(original, groups, index) as unshifted:
         for x, x_shifted in pairs:

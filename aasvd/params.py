@@ -9,6 +9,7 @@ output of one DVC stage, and those must not overlap.
 import copy
 import functools
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -18,23 +19,29 @@ from typing import Any, NamedTuple
 import jsonschema
 import yaml
 
+from aasvd.methods import ALLOCATIONS, DIFFERENTIATED, OBJECTIVES
+
 Config = Mapping[str, Any]
 
 SCHEMA = Path(__file__).parent.parent / "workflow" / "schemas" / "params.schema.yaml"
 ARTIFACTS = Path("results") / "artifacts"
 DEFAULT = "default"  # the run whose model and ratio are those of params.yaml
-RUN = re.compile(r"(?P<model>.+)_r(?P<ratio>[0-9.]+)(?:_(?P<variant>[A-Za-z0-9-]+))?")
+RUN = re.compile(r"(?P<model>.+)_r(?P<ratio>[0-9.]+)(?P<parts>(?:_[A-Za-z0-9-]+){,2})")
 
 # Raised when a stage's output would change for the same parameters; part of every key below it.
-VERSIONS = {"model": 1, "text": 1, "task": 1, "calibration": 1, "compression": 1, "evaluation": 2}
+VERSIONS = {"model": 1, "text": 1, "task": 1, "calibration": 2, "compression": 2, "evaluation": 2}
 
 # Settings that change how a result is computed, but not which result it is.
-_NOT_IN_KEYS = {"calibration": {"batch", "keep_activations"}, "compression": {"ratio"}}
+_NOT_IN_KEYS = {
+    "calibration": {"batch", "keep_activations"},
+    # What a method is called; what it does is in the other keys, so equal methods share their artifacts.
+    "compression": {"ratio", "method"},
+}
 _SAMPLES, _SAMPLE_BYTES = 64, 1 << 14
 
 
 class Run(NamedTuple):
-    """One target: a model, a retained-parameter ratio, and all settings with the variant's merged in.
+    """One target: a model, a retained-parameter ratio, and the settings with method and variants merged in.
 
     Attributes:
         name: Folder under results/.
@@ -60,22 +67,57 @@ def validate(config: Config) -> None:
     if error is not None:
         place = ".".join(map(str, error.absolute_path)) or "top level"
         raise ValueError(f"params.yaml: {place}: {error.message}")
-    for section in [config, *config["variants"].values()]:
+    for section in [config, *config["methods"].values(), *config["variants"].values()]:
         if "suite" in section.get("evaluation", {}):
             choose(section["evaluation"]["suite"], config["suites"], "evaluation suite")
         for text in [*_texts(section)]:
             choose(text, config["texts"], "text")
+        if method := section.get("compression", {}).get("method"):
+            choose(method, config["methods"], "method")
     for suite in config["suites"].values():
         for text in suite["texts"]:
             choose(text, config["texts"], "text")
     choose(config["model"], config["models"], "model")
-    for name, overrides in config["variants"].items():
-        if "ratio" in overrides.get("compression", {}):
-            raise ValueError(
-                f"params.yaml: variants.{name}.compression.ratio: the ratio is part of a run's name"
-            )
+    for kind in ("methods", "variants"):
+        for name, overrides in config[kind].items():
+            if "ratio" in overrides.get("compression", {}):
+                raise ValueError(
+                    f"params.yaml: {kind}.{name}.compression.ratio: the ratio is part of a run's name"
+                )
+    if twice := sorted(set(config["methods"]) & set(config["variants"])):
+        raise ValueError(f"params.yaml: {twice[0]} is both a method and a variant; rename one")
     for name in config["runs"]:
         parse_run(config, name)
+    for kind in ("methods", "variants"):
+        for name in config["comparison"][kind]:
+            choose(name, config[kind], kind[:-1])
+
+
+class Comparison(NamedTuple):
+    """One table: a model's runs, by method, variant and ratio."""
+
+    model: str
+    ratios: list[float]
+    runs: dict[tuple[str, str, str], Run]
+
+
+def parse_comparison(config: Config, name: str) -> Comparison:
+    """Return the runs of a comparison `<model>_r<ratio>[-<ratio>...]`.
+
+    Raises:
+        ValueError: If the name has another form, or a run in it is not possible.
+    """
+    model, separator, ratios = name.rpartition("_r")
+    if not separator:
+        raise ValueError(f"comparison {name!r} must have the form <model>_r<ratio>[-<ratio>...]")
+    settings = config["comparison"]
+    runs = {
+        (method, variant, ratio): parse_run(config, f"{model}_r{ratio}_{method}_{variant}")
+        for ratio in ratios.split("-")
+        for method in settings["methods"]
+        for variant in settings["variants"]
+    }
+    return Comparison(model, [float(ratio) for ratio in ratios.split("-")], runs)
 
 
 def _texts(section: Config) -> Iterable[str]:
@@ -96,29 +138,39 @@ def choose(name: str, registry: Mapping[str, Any], kind: str) -> Any:
 
 
 def parse_run(config: Config, name: str) -> Run:
-    """Return the run of a folder name `<model>_r<ratio>[_<variant>]`, or of the name `default`.
+    """Return the run of a folder name `<model>_r<ratio>[_<method or variant>][_<variant>]`, or of `default`.
 
     Raises:
-        ValueError: If the name has another form, its model or variant is unknown, or its ratio is not
-            in (0, 1).
+        ValueError: If the name has another form, its model, method or variant is unknown, or its ratio is
+            not in (0, 1).
     """
     if name == DEFAULT:
         named = f"{config['model']}_r{float(config['compression']['ratio'])}"
         return parse_run(config, named)._replace(name=name)
     match = RUN.fullmatch(name)
     if match is None:
-        raise ValueError(f"run {name!r} must have the form <model>_r<ratio> or <model>_r<ratio>_<variant>")
+        raise ValueError(f"run {name!r} must have the form <model>_r<ratio>[_<method>][_<variant>]")
     choose(match["model"], config["models"], "model")
     if not re.fullmatch(r"\d*\.?\d+", match["ratio"]) or not 0 < float(match["ratio"]) < 1:
         raise ValueError(
             f"run {name!r}: ratio {match['ratio']} must lie between 0 and 1; it is the share kept"
         )
-    overrides = choose(match["variant"], config["variants"], "variant") if match["variant"] else {}
-    settings = _settings(config, overrides)
+    first, second = [*match["parts"].split("_")[1:], "", ""][:2]
+    is_method = first in config["methods"]
+    known = {"": {}, **config["variants"]}
+    overrides = [choose(part, known, "method or variant") for part in ([] if is_method else [first])]
+    overrides.append(choose(second, known, "variant"))
+    settings = _settings(config, [first] * is_method, overrides)
     if settings["compression"]["storage"] == "remapped" and settings["compression"]["precision"] == "int8":
         raise ValueError(
             f"run {name!r}: compression.precision int8 does not go with compression.storage remapped, "
             "which has 8 bit already"
+        )
+    eight_bit = settings["compression"]["precision"] == "int8"
+    if settings["post"]["epochs"] and (settings["compression"]["storage"] != "factors" or eight_bit):
+        raise ValueError(
+            f"run {name!r}: the post-step trains U and V, so it needs compression.storage factors and "
+            "another compression.precision than int8"
         )
     return Run(name, match["model"], float(match["ratio"]), settings)
 
@@ -130,11 +182,22 @@ def named_runs(words: Iterable[str]) -> list[str]:
     return [p[1] for p in parts if len(p) > 2 and p[0] == "results" and p[1] not in others]
 
 
-def _settings(config: Config, overrides: Config) -> dict[str, Any]:
-    sections = ("seed", "calibration", "compression", "refinement", "evaluation")
+def _settings(config: Config, method: list[str], overrides: list[Config]) -> dict[str, Any]:
+    """Merge a method's settings over the default ones, and those of variants over both.
+
+    The method is the one that a run names, else the one that its variants or the default settings name.
+    """
+    named = [
+        *method,
+        *(o["compression"]["method"] for o in overrides if "method" in o.get("compression", {})),
+    ]
+    chosen = (named or [config["compression"]["method"]])[0]
+    sections = ("seed", "calibration", "compression", "refinement", "post", "evaluation")
     settings = {section: copy.deepcopy(config[section]) for section in sections}
-    for section, value in overrides.items():
-        settings[section] = {**settings[section], **value} if isinstance(value, Mapping) else value
+    for override in [config["methods"][chosen], *overrides]:
+        for section, value in override.items():
+            settings[section] = {**settings[section], **value} if isinstance(value, Mapping) else value
+    settings["compression"]["method"] = chosen
     settings["evaluation"] = measurements(config, settings["evaluation"])
     return settings
 
@@ -221,17 +284,68 @@ def calibration_ingredients(config: Config, run: Run) -> dict[str, Any]:
 def compression_ingredients(config: Config, run: Run) -> dict[str, Any]:
     """Return what identifies the compressed blocks."""
     compression = _section(run.settings, "compression")
-    if compression["objective"] != "blended":
-        del compression["blend"]
-    refinement = _section(run.settings, "refinement")
+    # What only other pieces read makes no difference.
+    everybody = [*OBJECTIVES.values(), *ALLOCATIONS.values()]
+    own = [OBJECTIVES[compression["objective"]], ALLOCATIONS[compression["allocation"]]]
+    unused = {option for piece in everybody for option in piece.options}
+    for option in unused - {option for piece in own for option in piece.options}:
+        del compression[option]
+    if compression["allocation"] == "file":
+        if not Path(compression["ranks_file"]).is_file():
+            raise ValueError(
+                f"compression.ranks_file {compression['ranks_file']!r} is no file: `file` reads the "
+                "rank of every linear from it, as in the ranks.json of a finished run"
+            )
+        compression["ranks_content"] = _content({"path": compression["ranks_file"]})
+    refinement, post = _section(run.settings, "refinement"), _section(run.settings, "post")
     return {
         "version": VERSIONS["compression"],
         "calibration": key_of(calibration_ingredients(config, run)),
         "ratio": run.ratio,
         "compression": compression,
         "refinement": refinement if refinement["epochs"] else {"epochs": 0},
+        "post": post if post["epochs"] else {"epochs": 0},
         "seed": run.settings["seed"],
     }
+
+
+def needs(run: Run) -> set[str]:
+    """Return the statistics that a run's objective needs."""
+    return set(OBJECTIVES[run.settings["compression"]["objective"]].needs)
+
+
+def measures(run: Run) -> list[str]:
+    """Return the measures (`aasvd.measures`) that a run's allocation looks at, as their files are named.
+
+    A measure that depends on a setting carries it in its name, so that it is shared where that is the same.
+    """
+    compression = run.settings["compression"]
+    own = "loss_aware" if compression["objective"] == "loss_aware" else "input_aware"
+    detail = {"influence": f"-{own}", "sensitivity": f"-{compression['probe']}"}
+    return [name + detail.get(name, "") for name in ALLOCATIONS[compression["allocation"]].needs]
+
+
+def original_files(run: Run) -> dict[str, str]:
+    """Return the files that a run needs of every block on the original side, with their stages' records."""
+    files = {"covariances.safetensors": "capture.json"}
+    found = measures(run)
+    if "gradients" in needs(run) or any(name.partition("-")[0] in DIFFERENTIATED for name in found):
+        files["gradients.safetensors"] = "differentiate.json"
+    if "buckets" in needs(run):
+        buckets = run.settings["compression"]["buckets"]
+        files[f"buckets_{buckets}.safetensors"] = f"average_{buckets}.json"
+    return files | {f"measures/{name}.safetensors": f"measures/{name}.json" for name in found}
+
+
+def block_stages(run: Run) -> list[str]:
+    """Return the stages that every block of a run goes through.
+
+    Nothing goes through the compressed blocks where no block looks at what those before it make of the
+    activations.
+    """
+    refined = bool(run.settings["refinement"]["epochs"])
+    follows = refined or "shifted" in needs(run)
+    return ["solve", *(["refine"] if refined else []), *(["propagate"] if follows else [])]
 
 
 def evaluation_ingredients(config: Config, run: Run) -> dict[str, Any]:
@@ -262,6 +376,8 @@ class Paths:
         self.calibration = ARTIFACTS / "calibration" / run.model / calibration
         self.original = ARTIFACTS / "original" / run.model / calibration
         self.compressed = ARTIFACTS / "compressed" / run.model / calibration / compression
+        # A post-step makes another checkpoint beside the one that it starts from.
+        self.checkpoint = self.compressed / ("adapted" if run.settings["post"]["epochs"] else "model")
         self.evaluation = ARTIFACTS / "evaluation" / run.model / calibration / compression
         self.dense_evaluation = ARTIFACTS / "evaluation" / run.model / "dense" / self.model.name
 
@@ -320,10 +436,12 @@ def find_run(config: Config, *, model: str, calibration: str, compression: str |
 
 
 def _runs(config: Config, model: str, ratio: str) -> Iterable[Run]:
-    """Yield the run of a model and ratio under the default settings and under every variant."""
-    yield parse_run(config, f"{model}_{ratio}")
-    for variant in config["variants"]:
-        yield parse_run(config, f"{model}_{ratio}_{variant}")
+    """Yield the run of a model and ratio by every name that it could have, the short ones first."""
+    variants = [f"_{name}" for name in config["variants"]]
+    methods = [f"_{name}" for name in config["methods"]]
+    for names in (["", *methods, *variants], itertools.product([*methods, *variants], variants)):
+        for parts in names:
+            yield parse_run(config, f"{model}_{ratio}{''.join(parts)}")
 
 
 def find_measurement(config: Config, *, model: str, measurement: str) -> Run:
@@ -369,12 +487,19 @@ def phase_targets(config: Config, run: Run, phase: str, *, blocks: Callable[[], 
         "sample": lambda: [paths.calibration / "tokens.parquet"],
         "capture": lambda: [
             paths.original / "key.json",
-            *(paths.original / f"block_{block:03d}" / "covariances.safetensors" for block in range(blocks())),
+            *(
+                paths.original / f"block_{block:03d}" / file
+                for block in range(blocks())
+                for file in original_files(run)
+            ),
         ],
         "compress": lambda: [
             paths.compressed / "key.json",
-            paths.compressed / "model" / "SHA256SUMS",
-            *(paths.compressed / f"block_{block:03d}" / "propagate.json" for block in range(blocks())),
+            paths.checkpoint / "SHA256SUMS",
+            *(
+                paths.compressed / f"block_{block:03d}" / f"{block_stages(run)[-1]}.json"
+                for block in range(blocks())
+            ),
         ],
         "evaluate": lambda: [
             folder / name

@@ -134,7 +134,7 @@ def refine(
     return trace
 
 
-def _optimizers(masters: list[nn.Parameter], recipe: Recipe) -> list[torch.optim.Optimizer]:
+def _optimizers(masters: list[Tensor], recipe: Recipe) -> list[torch.optim.Optimizer]:
     """Return the optimizers of a recipe, which share its parameters among them.
 
     Muon moves a matrix equally in all its directions instead of equally in all its entries. With few

@@ -155,6 +155,16 @@ def factorize(weight: Tensor, target: Target, *, rank: int) -> Factors:
     return Factors(basis * scale, v / scale[:, None], values, (values[:rank].sum() / energy).item())
 
 
+def principal(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Return orthonormal bases of a matrix's `rank` leading left and right singular subspaces."""
+    wide = matrix.shape[0] <= matrix.shape[1]
+    m = matrix if wide else matrix.T
+    rank = min(rank, len(m))
+    left = torch.linalg.eigh(m @ m.T)[1].flip(1)[:, :rank]
+    right = _orthonormal(m.T @ left, rank)
+    return (left, right) if wide else (right, left)
+
+
 def _orthonormal(left: Tensor, rank: int) -> Tensor:
     """Return `rank` orthonormal columns spanning the leading ones of `left`, completed where it has fewer.
 

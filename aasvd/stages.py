@@ -25,18 +25,26 @@ from typing import Any
 
 import pyarrow as pa
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from aasvd import (
+    adapt,
+    allocation,
     blocks,
     calibration,
     checkpoint,
+    comparison,
     compress,
     evaluate,
+    gradients,
     layers,
+    measures,
     memory,
+    methods,
+    objectives,
     paper,
     params,
     progress,
@@ -59,6 +67,8 @@ from aasvd.artifacts import (
 )
 from aasvd.covariance import pack, unpack
 from aasvd.formats import FORMATS, format_name
+from aasvd.rank import uniform_rank
+from aasvd.weights import stored_tensors
 
 _DISTRIBUTIONS = ("aasvd", "torch", "transformers", "safetensors", "datasets", "lm_eval", "snakemake", "dvc")
 _logger = logging.getLogger(__name__)
@@ -306,23 +316,29 @@ def embed(
 class _Block:
     """One block's surroundings: model, arguments, groups, device and float type, for one stage."""
 
-    def __init__(
-        self, source: str, index: int, settings: Mapping[str, Any], *, record: str, inputs: Activations
-    ) -> None:
-        _, tokens, width = inputs.shape
+    def __init__(self, source: str, index: int, settings: Mapping[str, Any], *, record: str) -> None:
         self.source, self.index, self.batch = blocks.Source(Path(source)), index, settings["batch"]
         self.parts = blocks.skeleton(self.source.folder)
         self.device = compute_device()
         self.dtype = compute_dtype(settings["dtype"], self.device)
-        arguments = blocks.forward_arguments(self.parts, tokens=tokens, device=self.device, dtype=self.dtype)
-        self.arguments = arguments[index]
-        self.groups = blocks.groups(self.parts, index, arguments=self.arguments, width=width, tokens=tokens)
         self.count = len(self.parts.blocks)
         self.label = f"block {index + 1} of {self.count}"
         # Of this phase, capture or compression: the records of both lie in a folder per block.
         self.folder = Path(record).parent
         left = _seconds_left(self.folder.parent, done=index, count=self.count)
         progress.report(now=True, block=index + 1, blocks=self.count, blocks_seconds_left=left)
+
+    def arguments(self, hidden: Activations) -> dict[str, Any]:
+        """Return the block's keyword arguments for sequences as long as these."""
+        tokens = hidden.shape[1]
+        return blocks.forward_arguments(self.parts, tokens=tokens, device=self.device, dtype=self.dtype)[
+            self.index
+        ]
+
+    def groups(self, hidden: Activations, arguments: Mapping[str, Any]) -> list[list[str]]:
+        """Return the names of the block's linears, grouped by shared input, in the order they are called."""
+        _, tokens, width = hidden.shape
+        return blocks.groups(self.parts, self.index, arguments=arguments, width=width, tokens=tokens)
 
     def original(self, dtype: torch.dtype | None = None) -> nn.Module:
         """Load the original block."""
@@ -366,7 +382,9 @@ def capture_block(
     """Run one original block: its outputs, and a covariance per group of linears that share an input."""
     with _stage(f"capture block {index}", log=Path(log), record=Path(record), advice=_PASSES):
         hidden = Activations(Path(inputs))
-        around = _Block(source, index, settings, record=record, inputs=hidden)
+        around = _Block(source, index, settings, record=record)
+        arguments = around.arguments(hidden)
+        groups = around.groups(hidden, arguments)
         bar = around.bar("capture originals", len(hidden))
         with bar, writing_activations(Path(outputs), shape=hidden.shape, dtype=around.dtype) as append:
 
@@ -374,55 +392,305 @@ def capture_block(
                 append(batch)
                 bar.update(len(batch))
 
-            grams = compress.capture_block(
+            captured = compress.capture_block(
                 around.original(),
-                around.groups,
+                groups,
                 inputs=hidden,
-                arguments=around.arguments,
+                arguments=arguments,
                 batch=around.batch,
                 device=around.device,
                 on_output=on_output,
             )
-        tensors = {"+".join(group): pack(gram) for group, gram in zip(around.groups, grams, strict=True)}
+        tensors = {"token_count": torch.tensor(hidden.shape[0] * hidden.shape[1])}
+        for group, found in zip(groups, captured, strict=True):
+            tensors[f"gram:{'+'.join(group)}"] = pack(found.gram)
+            tensors[f"absolute:{'+'.join(group)}"] = found.absolute
         write_tensors(Path(covariances), tensors)
 
 
+def differentiate_head(
+    *,
+    source: str,
+    tokens: str,
+    hidden: str,
+    gradient: str,
+    record: str,
+    settings: Mapping[str, Any],
+    log: str,
+) -> None:
+    """Differentiate the dense model's loss with respect to what leaves its last block."""
+    with _stage("differentiate head", log=Path(log), record=Path(record), advice=_PASSES) as measured:
+        x = Activations(Path(hidden))
+        around = _Block(source, 0, settings, record=record)
+        head = blocks.Head(around.source, around.parts, device=around.device, dtype=around.dtype)
+        # float32: a gradient is a sum of many small terms, and this file lives as long as one stage.
+        with writing_activations(Path(gradient), shape=x.shape, dtype=torch.float32) as append:
+            measured["loss"] = gradients.head_gradient(
+                head, x, calibration.read_tokens(Path(tokens)), on_gradient=append
+            )
+
+
+def differentiate_block(
+    *,
+    source: str,
+    inputs: str,
+    upstream: str,
+    gradient: str,
+    statistics: str,
+    record: str,
+    index: int,
+    settings: Mapping[str, Any],
+    log: str,
+) -> None:
+    """Run one original block forward and backward: its linears' gradients, and that of its input."""
+    with _stage(f"differentiate block {index}", log=Path(log), record=Path(record), advice=_PASSES):
+        x = Activations(Path(inputs))
+        around = _Block(source, index, settings, record=record)
+        arguments = around.arguments(x)
+        bar = around.bar("gradients", len(x))
+        with bar, writing_activations(Path(gradient), shape=x.shape, dtype=torch.float32) as append:
+
+            def on_gradient(batch: Tensor) -> None:
+                append(batch)
+                bar.update(len(batch))
+
+            found = gradients.block_gradients(
+                around.original(),
+                around.groups(x, arguments),
+                inputs=x,
+                upstream=Activations(Path(upstream)),
+                arguments=arguments,
+                device=around.device,
+                on_gradient=on_gradient,
+            )
+        tensors: dict[str, Tensor] = {}
+        for name, some in found.items():
+            tensors |= {f"squared:{name}": some.squared, f"norm:{name}": some.norm}
+            tensors[f"outer:{name}"] = pack(some.outer)
+        write_tensors(Path(statistics), tensors)
+
+
+def average_block(
+    *,
+    source: str,
+    inputs: str,
+    output: str,
+    record: str,
+    index: int,
+    buckets: int,
+    seed: int,
+    settings: Mapping[str, Any],
+    log: str,
+) -> None:
+    """Run one original block for the covariances of inputs averaged over buckets of sequences (AdaSVD)."""
+    with _stage(f"average block {index}", log=Path(log), record=Path(record), advice=_PASSES):
+        x = Activations(Path(inputs))
+        around = _Block(source, index, settings, record=record)
+        arguments = around.arguments(x)
+        groups = around.groups(x, arguments)
+        # The same buckets in every block.
+        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
+        grams = compress.bucket_grams(
+            around.original(),
+            groups,
+            inputs=x,
+            buckets=[some.tolist() for some in order.chunk(buckets)],
+            arguments=arguments,
+            device=around.device,
+        )
+        write_tensors(
+            Path(output),
+            {f"gram:{'+'.join(group)}": pack(gram) for group, gram in zip(groups, grams, strict=True)},
+        )
+
+
+def _statistics(
+    covariances: str, *, gradients: str | None, buckets: str | None, device: torch.device
+) -> dict[tuple[str, ...], objectives.Statistics]:
+    """Read what is known of a block's groups on the original side."""
+    captured = read_tensors(Path(covariances), device=device)
+    averaged = read_tensors(Path(buckets), device=device) if buckets else {}
+    differentiated = read_tensors(Path(gradients), device=device) if gradients else {}
+    found = {}
+    for key in captured:
+        if not key.startswith("gram:"):
+            continue
+        group = tuple(key.removeprefix("gram:").split("+"))
+        joined = "+".join(group)
+        found[group] = objectives.Statistics(
+            gram=unpack(captured[key]),
+            absolute=captured[f"absolute:{joined}"],
+            token_count=int(captured["token_count"]),
+            buckets=unpack(averaged[key]) if averaged else None,
+            squared={name: differentiated[f"squared:{name}"] for name in group} if differentiated else {},
+            outer={name: unpack(differentiated[f"outer:{name}"]) for name in group} if differentiated else {},
+        )
+    return found
+
+
+def measure_block(
+    *,
+    source: str,
+    covariances: str,
+    gradients: str | None,
+    tokens: str | None,
+    inputs: str | None,
+    outputs: str | None,
+    output: str,
+    record: str,
+    index: int,
+    measure: str,
+    settings: Mapping[str, Any],
+    log: str,
+) -> None:
+    """Measure what an allocation of ranks looks at, on one original block."""
+    with _stage(f"measure block {index}", log=Path(log), record=Path(record), advice=_PASSES):
+        around = _Block(source, index, settings, record=record)
+        kind, _, number = measure.partition("-")
+        if kind == "profile":
+            assert inputs and outputs
+            found = measures.profile(
+                Activations(Path(inputs)), Activations(Path(outputs)), device=around.device
+            )
+            return write_tensors(Path(output), found)
+        groups = _statistics(covariances, gradients=gradients, buckets=None, device=around.device)
+        statistics = {name: known for group, known in groups.items() for name in group}
+        linears = blocks.linears(around.original())
+        weights = {name: linears[name].weight for name in statistics}
+        if kind == "spectra":
+            found = measures.spectra(weights, statistics)
+        elif kind == "influence":
+            found = measures.influence(weights, statistics, objective=number)
+        elif kind == "relative_gradients":
+            norms = read_tensors(Path(gradients or ""), device=around.device)
+            found = {
+                name: (norms[f"norm:{name}"] / weight.double().norm())[None]
+                for name, weight in weights.items()
+            }
+        else:
+            assert inputs and tokens
+            found = _sensitivity(around, weights, statistics, Path(inputs), Path(tokens), int(number))
+        write_tensors(Path(output), found)
+
+
+def _sensitivity(
+    around: _Block,
+    weights: Mapping[str, Tensor],
+    statistics: Mapping[str, objectives.Statistics],
+    inputs: Path,
+    tokens: Path,
+    sequences: int,
+) -> dict[str, Tensor]:
+    """Try ASVD's truncation of every linear at every candidate ratio."""
+    x = Activations(inputs)
+    ids = calibration.read_tokens(tokens)[:sequences]
+    trials: dict[str, list[Tensor]] = {}
+    options = objectives.Options(blend=0.0, ridge=0.0)
+    for name, weight in weights.items():
+        solve = objectives.solver("asvd", statistics[name], options=options)
+        trials[name] = []
+        for ratio in allocation.CANDIDATES:
+            rank = uniform_rank(*weight.shape, parameter_ratio=ratio, storage="factors")
+            factors = None if rank is None else solve(name, weight, rank).factors
+            trials[name].append(weight if factors is None else factors.u @ factors.v)
+    later = range(around.index, len(around.parts.blocks))
+    loaded = [
+        functools.partial(
+            blocks.load_block, around.source, around.parts, block, device=around.device, dtype=around.dtype
+        )
+        for block in later
+    ]
+    arguments = blocks.forward_arguments(
+        around.parts, tokens=x.shape[1], device=around.device, dtype=around.dtype
+    )
+    head = blocks.Head(around.source, around.parts, device=around.device, dtype=around.dtype)
+    return measures.sensitivity(
+        loaded,
+        arguments[around.index :],
+        trials,
+        hidden=x.read(list(range(len(ids)))),
+        loss=lambda hidden: float(head.loss(hidden, ids).sum()) / (len(ids) * (ids.shape[1] - 1)),
+    )
+
+
 # --- compression -----------------------------------------------------------------------------------------
+
+
+def allocate(
+    *,
+    outline: str,
+    measured: Mapping[str, Sequence[str]],
+    output: str,
+    record: str,
+    parameter_ratio: float,
+    compression: Mapping[str, Any],
+    log: str,
+) -> None:
+    """Choose the rank of every linear at the parameter budget; `measured` are files by measure and block."""
+    with _stage("allocate", log=Path(log), record=Path(record), advice=_PASSES) as described:
+        model = read_json(Path(outline))
+        layers = []
+        for name, shape in model["linears"].items():
+            index, _, inner = name.removeprefix(f"{model['path']}.").partition(".")
+            layers.append(allocation.Layer(int(index), inner, tuple(shape)))
+        host = torch.device("cpu")
+        problem = allocation.Problem(
+            layers,
+            parameter_ratio,
+            {
+                measure.partition("-")[0]: [read_tensors(Path(file), device=host) for file in files]
+                for measure, files in measured.items()
+            },
+            compression,
+        )
+        ranks, notes = allocation.allocate(compression["allocation"], problem)
+        stored = problem.stored(ranks)
+        achieved = stored / sum(layer.size for layer in layers)
+        described |= {"budget": problem.budget, "stored": stored, "achieved": achieved, **notes}
+        named = {f"{layer.block}.{layer.name}": rank for layer, rank in zip(layers, ranks, strict=True)}
+        write_json(Path(output), {"ranks": named})
+        dense = sum(rank is None for rank in ranks)
+        tqdm.write(f"allocated ranks to {len(layers)} linears, {dense} dense: {achieved:.4f} kept")
 
 
 def solve_block(
     *,
     source: str,
     covariances: str,
-    original: str,
-    shifted: str,
+    ranks: str,
+    original: str | None,
+    shifted: str | None,
+    gradients: str | None,
+    buckets: str | None,
     output: str,
     record: str,
     index: int,
-    parameter_ratio: float,
     calibration: Mapping[str, Any],
     compression: Mapping[str, Any],
     log: str,
 ) -> None:
-    """Solve one block's factors; `original` and `shifted` activations are read only where they matter."""
+    """Solve one block's factors; files of statistics that the objective does not need are None."""
     with _stage(f"solve block {index}", log=Path(log), record=Path(record), advice=_PASSES) as measured:
-        objective = compress.objective(compression["objective"], blend=compression["blend"])
-        x, x_shifted = Activations(Path(original)), Activations(Path(shifted))
-        around = _Block(source, index, calibration, record=record, inputs=x)
-        packed = read_tensors(Path(covariances), device=around.device)
+        around = _Block(source, index, calibration, record=record)
+        known = _statistics(covariances, gradients=gradients, buckets=buckets, device=around.device)
+        stream, groups = None, [list(group) for group in known]
+        if "shifted" in methods.OBJECTIVES[compression["objective"]].needs:
+            x, x_shifted = Activations(Path(original or "")), Activations(Path(shifted or ""))
+            arguments = around.arguments(x)
+            # Only here does it matter which group comes first.
+            groups = around.groups(x, arguments)
+            stream = compress.Stream(x, x_shifted, arguments, around.batch, around.device, around.dtype)
         unrefined = around.original()
+        chosen = read_json(Path(ranks))["ranks"]
         solution = compress.solve_block(
             unrefined,
             copy.deepcopy(unrefined),
-            around.groups,
-            objective=objective,
-            parameter_ratio=parameter_ratio,
-            storage=compression["storage"],
-            ridge=compression["ridge"],
-            grams=[unpack(packed["+".join(group)]) for group in around.groups],
-            token_count=x.shape[0] * x.shape[1],
-            stream=compress.Stream(x, x_shifted, around.arguments, around.batch, around.device, around.dtype),
-            device=around.device,
+            groups,
+            objective=compression["objective"],
+            options=objectives.options_of(compression),
+            ranks={name: chosen[f"{index}.{name}"] for group in groups for name in group},
+            statistics=[known[tuple(group)] for group in groups],
+            stream=stream,
         )
         measured["linears"] = solution.report
         for name, numbers in solution.report.items():
@@ -448,12 +716,12 @@ def refine_block(
     """Refine one solved block, factors and norms together, against the original block's outputs."""
     with _stage(f"refine block {index}", log=Path(log), record=Path(record), advice=_STEPS) as measured:
         x, y = Activations(Path(shifted)), Activations(Path(target))
-        around = _Block(source, index, calibration, record=record, inputs=x)
+        around = _Block(source, index, calibration, record=record)
         factors = read_tensors(Path(solved), device=around.device)
         streams: dict[str, Any] = {
             "inputs": x,
             "targets": y,
-            "arguments": around.arguments,
+            "arguments": around.arguments(x),
             "device": around.device,
         }
         solved_block = around.compressed(factors, around.dtype)
@@ -505,14 +773,14 @@ def propagate(
     with _stage(f"propagate block {index}", log=Path(log), record=Path(record), advice=_PASSES) as measured:
         start = time.perf_counter()
         x, y = Activations(Path(shifted)), Activations(Path(target))
-        around = _Block(source, index, calibration, record=record, inputs=x)
+        around = _Block(source, index, calibration, record=record)
         block = around.compressed(read_tensors(Path(factors), device=around.device), around.dtype)
         with writing_activations(Path(output), shape=x.shape, dtype=around.dtype) as append:
             measured["after"] = refine.distortion(
                 block,
                 inputs=x,
                 targets=y,
-                arguments=around.arguments,
+                arguments=around.arguments(x),
                 batch=around.batch,
                 device=around.device,
                 on_output=append,
@@ -632,6 +900,65 @@ def _packed(
     }
 
 
+def adapt_model(
+    *,
+    source: str,
+    tokens: str,
+    checksums: str,
+    adapted: str,
+    record: str,
+    details: Mapping[str, Any],
+    seed: int,
+    calibration_settings: Mapping[str, Any],
+    post: Mapping[str, Any],
+    log: str,
+) -> None:
+    """Update a checkpoint's factors on the calibration tokens, and write it as another checkpoint."""
+    with _stage("adapt", log=Path(log), record=Path(record), advice="lower post.batch") as measured:
+        ids = calibration.read_tokens(Path(tokens))
+        model, _ = _evaluated_model(_model_folder(checksums), calibration_settings)
+        with tqdm(desc="post-step", unit="step", leave=False, dynamic_ncols=True) as bar:
+
+            def on_step(step: int, steps: int, loss: float) -> None:
+                bar.total = steps
+                bar.set_postfix_str(f"loss {loss:.4g}", refresh=False)
+                bar.update(step - bar.n)
+
+            measured["losses"] = adapt.adapt(
+                model,
+                ids,
+                recipe=adapt.Recipe(**post),
+                generator=torch.Generator().manual_seed(seed),
+                on_step=on_step,
+            )
+        state = model.state_dict()
+        described = json.loads((Path(checksums).parent / "config.json").read_text())
+        stored_type = getattr(torch, described["dtype"])
+        dense = blocks.Source(Path(source))
+        # What is not updated comes from the checkpoint in its own type, not in that of the passes.
+        before = {
+            name: tensor.file
+            for name, tensor in stored_tensors(sorted(Path(checksums).parent.glob("*.safetensors"))).items()
+        }
+
+        def tensor(name: str) -> Tensor:
+            if name.endswith((".u", ".v")):
+                return state[name]
+            with safe_open(before[name], framework="pt") as file:
+                return file.get_tensor(name)
+
+        shutil.rmtree(Path(adapted).parent, ignore_errors=True)
+        checkpoint.write(
+            dense=dense.folder,
+            output=Path(adapted).parent,
+            ranks=model.config.quantization_config.ranks,
+            storage=model.config.quantization_config.storage,
+            details=details,
+            tensor=tensor,
+            dtype=stored_type,
+        )
+
+
 # --- evaluation ------------------------------------------------------------------------------------------
 
 
@@ -745,14 +1072,15 @@ def measure_layers(
     """Measure how far every linear of a finished block is from the original's."""
     with _stage(f"layers of block {index}", log=Path(log), record=Path(output), advice=_PASSES) as measured:
         x, x_shifted = Activations(Path(original)), Activations(Path(shifted))
-        around = _Block(source, index, calibration, record=output, inputs=x)
+        around = _Block(source, index, calibration, record=output)
+        call = around.arguments(x)
         measured["layers"] = layers.layer_errors(
             around.original(),
             around.compressed(read_tensors(Path(factors), device=around.device), around.dtype),
-            [name for group in around.groups for name in group],
+            [name for group in around.groups(x, call) for name in group],
             inputs=x,
             shifted=x_shifted,
-            arguments=around.arguments,
+            arguments=call,
             batch=around.batch,
             device=around.device,
         )
@@ -861,6 +1189,52 @@ def collect(*, output: str, log: str) -> None:
     """Gather all finished runs in one table."""
     with _stage("collect runs", log=Path(log), record=None, advice=_PASSES):
         write_table(Path(output), results.table())
+
+
+def compare(
+    *,
+    evaluations: Sequence[str],
+    published: str,
+    page: str,
+    markdown: str,
+    latex: str,
+    parquet: str,
+    figure: str,
+    compared: params.Comparison,
+    log: str,
+) -> None:
+    """Put all runs of a comparison into one table, in four formats, and a figure."""
+    with _stage(f"compare {compared.model}", log=Path(log), record=None, advice=_PASSES):
+        found = [json.loads(Path(file).read_text()) for file in evaluations]
+        rows = [
+            comparison.dense_row(found[0]),
+            *(
+                comparison.run_row(result, method=method, variant=variant)
+                for (method, variant, _), result in zip(compared.runs, found, strict=True)
+            ),
+        ]
+        theirs = json.loads(Path(published).read_text())
+        report.write_curves(rows, output=Path(figure), title=f"Perplexity of {compared.model}")
+        comparison.write(
+            {
+                f"Measured on {compared.model}": rows,
+                f"Reported for {theirs['model']}, not measured here": comparison.reported_rows(
+                    theirs, compared.ratios
+                ),
+            },
+            notes=[
+                "Ratios are shares kept of the blocks' linears (kept_linears) and of all parameters "
+                "(kept_model). Seconds are those of all stages that a run uses, shared ones too, "
+                "measurements left out. Drop is the share of the dense average accuracy that is lost.",
+                theirs["note"],
+            ],
+            figure=Path(figure),
+            page=Path(page),
+            markdown=Path(markdown),
+            latex=Path(latex),
+            parquet=Path(parquet),
+        )
+        tqdm.write(f"the comparison of {len(found)} runs lies in {page}")
 
 
 def present(*, name: str, log: str, **arguments: Any) -> None:

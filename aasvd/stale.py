@@ -37,11 +37,12 @@ def stale(config: params.Config) -> list[Path]:
 
 
 def _is_run(config: params.Config, name: str) -> bool:
-    """Return whether today's params.yaml knows the model and the variant that a folder's name says."""
+    """Return whether today's params.yaml knows the model, method and variant that a folder's name says."""
     match = params.RUN.fullmatch(name)
     if match is None:
         return name == params.DEFAULT
-    return match["model"] in config["models"] and (match["variant"] or "") in ["", *config["variants"]]
+    known = {*config["methods"], *config["variants"]}
+    return match["model"] in config["models"] and known.issuperset(match["parts"].split("_")[1:])
 
 
 def main() -> None:

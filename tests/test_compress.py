@@ -10,8 +10,9 @@ from architectures import TINY
 from stored import CPU, Stored, activations
 from torch import Tensor, nn
 
-from aasvd.compress import OBJECTIVES, Objective, Solution, Stream, capture_block, objective, solve_block
+from aasvd.compress import Captured, Solution, Stream, bucket_grams, capture_block, solve_block
 from aasvd.lowrank import LowRankLinear
+from aasvd.objectives import Options, Statistics
 from aasvd.rank import uniform_rank
 
 EPS = torch.finfo(torch.float64).eps
@@ -45,7 +46,7 @@ class Case:
         self.original = activations(folder / "original.safetensors", self.x)
         self.shifted = activations(folder / "shifted.safetensors", self.x_shifted)
 
-    def capture(self, batch: int = 4) -> list[Tensor]:
+    def capture(self, batch: int = 4) -> list[Captured]:
         return capture_block(
             self.block,
             self.groups,
@@ -56,8 +57,25 @@ class Case:
             on_output=lambda _output: None,
         )
 
+    def ranks(self, ratio: float) -> dict[str, int | None]:
+        return {
+            name: uniform_rank(*weight_of(self.block, name).shape, parameter_ratio=ratio, storage="factors")
+            for group in self.groups
+            for name in group
+        }
+
+    def statistics(self) -> list[Statistics]:
+        count = self.x.shape[0] * self.x.shape[1]
+        return [Statistics(found.gram, found.absolute, count) for found in self.capture()]
+
     def solve(
-        self, what: Objective, *, ratio: float = 0.6, ridge: float = 0.0, unshifted: bool = False
+        self,
+        objective: str,
+        *,
+        ratio: float = 0.6,
+        blend: float = 0.5,
+        ridge: float = 0.0,
+        unshifted: bool = False,
     ) -> tuple[nn.Module, Solution]:
         compressed = copy.deepcopy(self.block)
         shifted = self.original if unshifted else self.shifted
@@ -66,14 +84,11 @@ class Case:
             self.block,
             compressed,
             self.groups,
-            objective=what,
-            parameter_ratio=ratio,
-            storage="factors",
-            ridge=ridge,
-            grams=self.capture(),
-            token_count=self.x.shape[0] * self.x.shape[1],
-            stream=stream if what.shifted else None,
-            device=CPU,
+            objective=objective,
+            options=Options(blend=blend, ridge=ridge),
+            ranks=self.ranks(ratio),
+            statistics=self.statistics(),
+            stream=None if objective.startswith("input_") else stream,
         )
         return compressed, solution
 
@@ -130,7 +145,7 @@ def test_captured_covariances_are_the_explicit_ones(
 ) -> None:
     case = case_of(architecture)
     outputs: list[Tensor] = []
-    grams = capture_block(
+    captured = capture_block(
         case.block,
         case.groups,
         inputs=case.original,
@@ -139,14 +154,15 @@ def test_captured_covariances_are_the_explicit_ones(
         device=CPU,
         on_output=outputs.append,
     )
-    assert len(grams) == len(case.groups)
-    for group, gram in zip(case.groups, grams, strict=True):
+    assert len(captured) == len(case.groups)
+    for group, (gram, absolute) in zip(case.groups, captured, strict=True):
         for name in group:
             x = inputs_of(case.block, name, case.x, case.arguments)
             # Two float64 sums over 120 tokens of inputs that batches of 4 and of 6 compute alike but for
             # rounding in some ten steps.
             bound = 500 * EPS * float(x.square().sum(0).max() * x.shape[1])
             torch.testing.assert_close(gram, x @ x.T, rtol=0, atol=bound)
+            torch.testing.assert_close(absolute, x.abs().sum(1), rtol=500 * EPS, atol=0)
     with torch.no_grad():
         expected = case.block(case.x, **case.arguments)
     torch.testing.assert_close(
@@ -155,8 +171,26 @@ def test_captured_covariances_are_the_explicit_ones(
 
 
 def test_covariances_do_not_depend_on_the_batch(llama: Case) -> None:
-    for gram, other in zip(llama.capture(batch=1), llama.capture(batch=50), strict=True):
+    for (gram, _), (other, _) in zip(llama.capture(batch=1), llama.capture(batch=50), strict=True):
         torch.testing.assert_close(gram, other, rtol=0, atol=1000 * EPS * float(gram.diagonal().max()))
+
+
+@pytest.mark.parametrize("buckets", [[[0], [1], [2], [3], [4], [5]], [[4, 1], [0, 3, 5], [2]]])
+def test_bucket_covariances_are_those_of_averaged_sequences(llama: Case, buckets: list[list[int]]) -> None:
+    grams = bucket_grams(
+        llama.block,
+        llama.groups,
+        inputs=llama.original,
+        buckets=buckets,
+        arguments=llama.arguments,
+        device=CPU,
+    )
+    for group, gram in zip(llama.groups, grams, strict=True):
+        x = inputs_of(llama.block, group[0], llama.x, llama.arguments)
+        x = x.view(len(x), SEQUENCES, -1)
+        averaged = torch.cat([x[:, some].mean(1) for some in buckets], 1)
+        bound = 500 * EPS * float(averaged.square().sum())
+        torch.testing.assert_close(gram, averaged @ averaged.T, rtol=0, atol=bound)
 
 
 # Solving
@@ -203,7 +237,7 @@ def test_solution_equals_a_slow_reference(
     """Each group is fitted to the inputs that the groups compressed before it cause."""
     case = case_of(architecture)
     block, outputs, errors = slow_anchored(case, ratio=0.6, blend=blend)
-    compressed, solution = case.solve(Objective(shifted=True, original=blend > 0, blend=blend))
+    compressed, solution = case.solve("blended" if blend else "shift_aware", blend=blend)
     for name, expected in outputs.items():
         found = weight_of(compressed, name) @ inputs_of(compressed, name, case.x_shifted, case.arguments)
         # Every group inherits the float32 rounding of the factors before it, times the inverse of the gap
@@ -229,7 +263,7 @@ def test_the_reference_would_notice_a_missing_shift(llama: Case) -> None:
 
 @pytest.mark.parametrize("name", ["input_aware", "input_agnostic"])
 def test_objectives_without_shift_look_at_original_inputs_only(llama: Case, name: str) -> None:
-    compressed, solution = llama.solve(OBJECTIVES[name])
+    compressed, solution = llama.solve(name)
     for linear in [linear for group in llama.groups for linear in group]:
         weight = weight_of(llama.block, linear)
         x = inputs_of(llama.block, linear, llama.x, llama.arguments)
@@ -251,9 +285,9 @@ def test_objectives_agree_in_the_first_group_where_nothing_is_shifted(
     case_of: Callable[[str], Case], architecture: str
 ) -> None:
     case = case_of(architecture)
-    expected, _ = case.solve(OBJECTIVES["input_aware"])
-    for what in (OBJECTIVES["shift_aware"], OBJECTIVES["anchored"], objective("blended", blend=0.3)):
-        compressed, _ = case.solve(what, unshifted=True)
+    expected, _ = case.solve("input_aware")
+    for name in ("shift_aware", "anchored", "blended", "saes"):
+        compressed, _ = case.solve(name, blend=0.3, unshifted=True)
         for name in case.groups[0]:
             wanted = weight_of(expected, name)
             torch.testing.assert_close(
@@ -266,9 +300,9 @@ def test_objectives_agree_in_the_first_group_where_nothing_is_shifted(
 def test_anchored_is_the_best_of_the_objectives_at_what_it_minimises(llama: Case) -> None:
     """‖WX − W'X'‖ of the first group, whose inputs all objectives share."""
     errors = {}
-    names = [*OBJECTIVES, "blended"]
+    names = ["input_agnostic", "input_aware", "shift_aware", "anchored", "blended", "saes"]
     for name in names:
-        compressed, _ = llama.solve(objective(name, blend=0.5))
+        compressed, _ = llama.solve(name)
         for linear in llama.groups[0]:
             x = inputs_of(llama.block, linear, llama.x, llama.arguments)
             x_shifted = inputs_of(llama.block, linear, llama.x_shifted, llama.arguments)
@@ -279,9 +313,9 @@ def test_anchored_is_the_best_of_the_objectives_at_what_it_minimises(llama: Case
 
 
 def test_ridge_is_relative_and_reported(llama: Case) -> None:
-    _, plain = llama.solve(OBJECTIVES["input_aware"])
-    _, solution = llama.solve(OBJECTIVES["input_aware"], ridge=0.5)
-    for group, gram in zip(llama.groups, llama.capture(), strict=True):
+    _, plain = llama.solve("input_aware")
+    _, solution = llama.solve("input_aware", ridge=0.5)
+    for group, (gram, _) in zip(llama.groups, llama.capture(), strict=True):
         for name in group:
             assert plain.report[name]["ridge"] == 0
             assert solution.report[name]["ridge"] == pytest.approx(
@@ -300,7 +334,7 @@ def test_ridge_keeps_rounding_noise_from_being_inverted(case_of: Callable[..., C
     for dtype in (torch.float64, torch.bfloat16):
         case = case_of("llama", dtype)
         for ridge in (0.0, 1e-3):
-            compressed, solution = case.solve(OBJECTIVES["anchored"], ratio=0.5, ridge=ridge)
+            compressed, solution = case.solve("anchored", ratio=0.5, ridge=ridge)
             dropped = solution.report["self_attn.o_proj"]["directions_dropped"]
             assert dropped == (12 if (dtype, ridge) == (torch.float64, 0.0) else 0)
             fitted, weight = (weight_of(block, "self_attn.o_proj") for block in (compressed, case.block))
@@ -317,7 +351,7 @@ def test_ridge_keeps_rounding_noise_from_being_inverted(case_of: Callable[..., C
 def test_ranks_biases_and_tensors(case_of: Callable[[str], Case], architecture: str, ratio: float) -> None:
     case = case_of(architecture)
     before = {name: parameter.clone() for name, parameter in case.block.named_parameters()}
-    compressed, solution = case.solve(OBJECTIVES["anchored"], ratio=ratio)
+    compressed, solution = case.solve("anchored", ratio=ratio)
     names = [name for group in case.groups for name in group]
     assert list(solution.report) == names
     assert sorted(solution.tensors) == sorted(f"{name}.{factor}" for name in names for factor in "uv")
@@ -341,7 +375,7 @@ def test_ranks_biases_and_tensors(case_of: Callable[[str], Case], architecture: 
 def test_block_shares_no_memory_with_the_solution_or_the_original(case_of: Callable[..., Case]) -> None:
     """Refinement trains the block in place: in float32 on the host, a view would change its sources too."""
     case = case_of("qwen2", torch.float32)
-    compressed, solution = case.solve(OBJECTIVES["anchored"])
+    compressed, solution = case.solve("anchored")
     names = [name for group in case.groups for name in group]
     ours = {
         parameter.data_ptr() for name in names for parameter in compressed.get_submodule(name).parameters()
@@ -352,7 +386,7 @@ def test_block_shares_no_memory_with_the_solution_or_the_original(case_of: Calla
 
 
 def test_matrix_whose_factors_would_not_be_smaller_stays_dense(side: Case) -> None:
-    compressed, solution = side.solve(OBJECTIVES["anchored"])
+    compressed, solution = side.solve("anchored")
     assert compressed.gate is not side.block.gate and isinstance(compressed.gate, nn.Linear)
     assert torch.equal(compressed.gate.weight, side.block.gate.weight)
     assert solution.report["gate"] == {"rank": None}
@@ -364,7 +398,7 @@ def test_fewer_tokens_than_channels(case_of: Callable[[str], Case], tmp_path: Pa
     """Every covariance is singular: the result is finite, the directions are counted, training inputs fit."""
     full = case_of("llama")
     few = Case(tmp_path / "few", full.block, full.groups, full.x[:1], full.arguments)
-    compressed, solution = few.solve(OBJECTIVES["anchored"], ratio=0.9)
+    compressed, solution = few.solve("anchored", ratio=0.9)
     for name, entry in solution.report.items():
         # One sequence of 20 tokens.
         assert entry["directions_dropped"] == weight_of(few.block, name).shape[1] - 20
@@ -373,28 +407,21 @@ def test_fewer_tokens_than_channels(case_of: Callable[[str], Case], tmp_path: Pa
 
 
 def test_result_is_the_same_to_the_last_bit_every_time(llama: Case) -> None:
-    _, first = llama.solve(OBJECTIVES["anchored"])
+    _, first = llama.solve("anchored")
     torch.manual_seed(5)
-    _, second = llama.solve(OBJECTIVES["anchored"])
+    _, second = llama.solve("anchored")
     assert all(torch.equal(tensor, second.tensors[name]) for name, tensor in first.tensors.items())
     assert first.report == second.report
 
 
 def test_compressed_block_can_be_trained(llama: Case) -> None:
     """Nothing made in inference mode is left in it."""
-    compressed, _ = llama.solve(OBJECTIVES["anchored"])
+    compressed, _ = llama.solve("anchored")
     compressed(llama.x_shifted, **llama.arguments).square().mean().backward()
     assert all(parameter.grad is not None for parameter in compressed.parameters())
 
 
 # Errors
-
-
-def test_unknown_objective_says_which_exist() -> None:
-    with pytest.raises(
-        ValueError, match=r"unknown objective 'obj4'; there are input_agnostic, .*anchored, blended"
-    ):
-        objective("obj4", blend=1)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
@@ -405,24 +432,21 @@ def test_not_finite_inputs_name_the_layers(side: Case, tmp_path: Path, bad: floa
     arguments: dict[str, Any] = {"inputs": broken, "arguments": {}, "batch": 4, "device": CPU}
     with pytest.raises(ValueError, match="not finite"):
         capture_block(side.block, side.groups, on_output=lambda _output: None, **arguments)
-    grams = [gram.clone() for gram in side.capture()]
+    statistics = side.statistics()
     side.shifted = broken
     with pytest.raises(ValueError, match="covariance of the inputs of gate, up, skip is not finite"):
-        side.solve(OBJECTIVES["anchored"])
-    grams[1][0, 0] = bad
+        side.solve("anchored")
+    statistics[1] = statistics[1]._replace(gram=bad * statistics[1].gram)
     with pytest.raises(ValueError, match="covariance of the inputs of down is not finite"):
         solve_block(
             side.block,
             copy.deepcopy(side.block),
             side.groups,
-            objective=OBJECTIVES["input_aware"],
-            parameter_ratio=0.6,
-            storage="factors",
-            ridge=0.0,
-            grams=grams,
-            token_count=1,
+            objective="input_aware",
+            options=Options(blend=0, ridge=0),
+            ranks=side.ranks(0.6),
+            statistics=statistics,
             stream=None,
-            device=CPU,
         )
 
 

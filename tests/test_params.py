@@ -126,8 +126,13 @@ def test_no_object_of_the_schema_takes_unknown_keys() -> None:
         (["variants", "with_line"], {}, r"variants: 'with_line' does not match"),
         (["runs"], ["smollm2-135m"], r"runs\.0: 'smollm2-135m' does not match"),
         (["runs"], ["nobody_r0.6"], r"unknown model 'nobody'; params\.yaml has llama2-13b, .*smollm2-135m"),
-        (["runs"], ["llama7b_r0.6_none"], r"unknown variant 'none'; params\.yaml has .*paper"),
+        (["runs"], ["llama7b_r0.6_none"], r"unknown method or variant 'none'; params\.yaml has .*paper"),
         (["runs"], ["llama7b_r1.5"], r"ratio 1\.5 must lie between 0 and 1"),
+        (["methods", "wild"], {"compression": {"allocation": "best"}}, r"'best' is not one of .*'optimal'"),
+        (["methods", "wild"], {"compression": {"method": "none"}}, r"unknown method 'none'"),
+        (["methods", "norefine"], {}, r"norefine is both a method and a variant"),
+        (["compression", "method"], "none", r"unknown method 'none'; params\.yaml has .*svd-llm"),
+        (["post", "rank"], 0, r"post\.rank: 0 is less than the minimum of 1"),
         (["seed"], -1, r"seed: -1 is less than the minimum of 0"),
     ],
 )  # fmt: skip
@@ -186,7 +191,9 @@ def test_variants_are_found_by_what_they_change(config: Config) -> None:
     assert [config["variants"][name]["calibration"]["sequences"] for name in sweep] == [
         16, 32, 64, 128, 256, 512, 1024,
     ]  # fmt: skip
-    ablation = params.variants_of(config, {"compression": ["objective", "ridge"], "refinement": ["epochs"]})
+    ablation = params.variants_of(
+        config, {"compression": ["objective", "ridge", "allocation"], "refinement": ["epochs"]}
+    )
     assert {"norefine", "anchored", "shift-norefine"} <= set(ablation)
     assert not {"paper", "seq16"} & set(ablation)
 
@@ -239,7 +246,9 @@ def test_a_run_has_the_model_ratio_and_merged_settings_of_its_name(config: Confi
         ("llama7b", "must have the form"),
         ("llama7b_0.6", "must have the form"),
         ("llama7b_r0.6_", "must have the form"),
-        ("llama7b_r0.6_a_b", "must have the form"),
+        ("llama7b_r0.6_svd_refine_norefine", "must have the form"),
+        ("llama7b_r0.6_svd_aasvd", "unknown variant 'aasvd'"),
+        ("llama7b_r0.6_a_b", "unknown method or variant 'a'"),
         ("llama7b_r0", "ratio 0 must lie"),
         ("llama7b_r0.0", r"ratio 0\.0 must lie"),
         ("llama7b_r1", "ratio 1 must lie"),
@@ -247,7 +256,7 @@ def test_a_run_has_the_model_ratio_and_merged_settings_of_its_name(config: Confi
         ("llama7b_r0.6.1", r"ratio 0\.6\.1 must lie"),
         ("llama7b_r.", r"ratio \. must lie"),
         ("gpt_r0.6", "unknown model 'gpt'; params.yaml has "),
-        ("llama7b_r0.6_fast", "unknown variant 'fast'; params.yaml has "),
+        ("llama7b_r0.6_fast", "unknown method or variant 'fast'; params.yaml has "),
     ],
 )
 def test_a_malformed_run_is_refused(config: Config, name: str, message: str) -> None:
@@ -271,7 +280,7 @@ def test_ratios_written_in_two_ways_share_their_artifacts(local: Config) -> None
 # --- keys -------------------------------------------------------------------------------------------------
 
 # What moves when a setting changes; everything else has to stay where it is.
-COMPRESSED = {"compressed", "evaluation"}
+COMPRESSED = {"compressed", "checkpoint", "evaluation"}
 ORIGINAL = COMPRESSED | {"calibration", "original"}
 
 
@@ -290,6 +299,12 @@ ORIGINAL = COMPRESSED | {"calibration", "original"}
         ("compression", "storage", "pivoted", COMPRESSED),
         ("compression", "precision", "int8", COMPRESSED),
         ("compression", "blend", 0.1, set()),
+        ("compression", "buckets", 7, set()),
+        ("compression", "probe", 7, set()),
+        ("compression", "ranks_file", "nowhere", set()),
+        ("compression", "allocation", "optimal", COMPRESSED),
+        ("post", "epochs", 3, COMPRESSED),
+        ("post", "rank", 3, set()),
         ("refinement", "epochs", 3, COMPRESSED),
         ("refinement", "batch", 3, COMPRESSED),
         ("refinement", "learning_rate", 0.5, COMPRESSED),
@@ -308,6 +323,60 @@ def test_a_setting_moves_exactly_what_it_determines(
     local[section][key] = value
     after = paths(local)
     assert {name for name, path in where(after).items() if path != where(before)[name]} == moved
+
+
+def test_a_method_is_composed_of_overrides(config: Config) -> None:
+    run = params.parse_run(config, "llama7b_r0.6_saes-svd")
+    assert run.settings["compression"] == config["compression"] | {"method": "saes-svd", "objective": "saes"}
+    assert run.settings["refinement"]["epochs"] == 0
+    refined = params.parse_run(config, "llama7b_r0.6_saes-svd_refine")
+    assert refined.settings["compression"] == run.settings["compression"]
+    assert refined.settings["refinement"]["epochs"] == config["variants"]["refine"]["refinement"]["epochs"]
+    # A method may also be the default, or a variant's.
+    config["variants"]["mine"] = {"compression": {"method": "saes-svd", "ridge": 0.5}}
+    expected = run.settings["compression"] | {"ridge": 0.5}
+    assert params.parse_run(config, "llama7b_r0.6_mine").settings["compression"] == expected
+    config["compression"]["method"] = "saes-svd"
+    assert params.parse_run(config, "llama7b_r0.6").settings == run.settings
+
+
+def test_every_shipped_method_makes_a_run(config: Config) -> None:
+    for method in config["methods"]:
+        for variant in ("", *(f"_{name}" for name in config["variants"])):
+            run = params.parse_run(config, f"llama7b_r0.6_{method}{variant}")
+            assert run.settings["compression"]["method"] == method
+            assert params.block_stages(run)[0] == "solve"
+
+
+def test_methods_that_do_the_same_share_their_artifacts(local: Config) -> None:
+    same = [where(paths(local, f"mine_r0.6_{name}")) for name in ("drone", "svd-llm-w", "aasvd_norefine")]
+    assert same[0] == same[1] == same[2]
+
+
+def test_only_shifted_or_refined_blocks_are_passed_through(config: Config) -> None:
+    for name, expected in {
+        "svd-llm-w": ["solve"],
+        "loss-aware": ["solve"],
+        "dobi-svd": ["solve", "propagate"],
+        "svd_refine": ["solve", "refine", "propagate"],
+        "anchored_norefine": ["solve", "propagate"],
+    }.items():
+        assert params.block_stages(params.parse_run(config, f"llama7b_r0.6_{name}")) == expected
+
+
+def test_ranks_of_a_file_count_by_its_content(local: Config, tmp_path: Path) -> None:
+    local["compression"] |= {"allocation": "file", "ranks_file": str(tmp_path / "ranks.json")}
+    with pytest.raises(ValueError, match=r"ranks_file .*ranks\.json' is no file"):
+        paths(local)
+    (tmp_path / "ranks.json").write_text("{}")
+    before = paths(local).compressed
+    (tmp_path / "ranks.json").write_text('{"a": 1}')
+    assert paths(local).compressed != before
+
+
+def test_a_post_step_has_a_checkpoint_of_its_own(local: Config) -> None:
+    assert paths(local, "mine_r0.6_svd-llm").checkpoint.name == "adapted"
+    assert paths(local, "mine_r0.6_svd-llm-w").checkpoint.name == "model"
 
 
 def test_blend_counts_where_it_is_used(local: Config) -> None:
@@ -418,13 +487,23 @@ def test_keys_do_not_depend_on_the_order_of_settings() -> None:
 
 
 def test_runs_are_found_again_by_their_keys(local: Config) -> None:
-    for name in ("mine_r0.6", "mine_r0.55", "mine_r0.6_norefine", "mine_r0.6_anchored"):
+    for name in (
+        "mine_r0.6",
+        "mine_r0.55",
+        "mine_r0.6_norefine",
+        "mine_r0.6_anchored",
+        "mine_r0.6_saes-svd",
+        "mine_r0.6_saes-svd_refine",
+        "mine_r0.6_anchored_norefine",
+    ):
         made = paths(local, name)
         found = params.find_run(
             local, model="mine", calibration=made.calibration.name, compression=made.compressed.name
         )
         assert where(params.Paths(local, found)) == where(made), name
-        assert found.settings["compression"] == params.parse_run(local, name).settings["compression"]
+        wanted = params.parse_run(local, name).settings["compression"]
+        # Methods that do the same share their artifacts, whatever they are called.
+        assert {**found.settings["compression"], "method": ""} == {**wanted, "method": ""}
     for measurement in made.measurements():
         found = params.find_measurement(local, model="mine", measurement=measurement.removesuffix(".json"))
         assert measurement in params.Paths(local, found).measurements()

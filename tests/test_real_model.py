@@ -81,6 +81,16 @@ def compress(original: Path, folder: Path, *, objective: str, epochs: int) -> li
     source, log = str(original / "source.json"), str(folder / "log")
     # Small steps, since there are few sequences.
     refinement = {**CONFIG["refinement"], "epochs": epochs, "batch": 2, "learning_rate": 1e-3}
+    ranks = str(folder / "ranks.json")
+    stages.allocate(
+        outline=str(original / "outline.json"),
+        measured={},
+        output=ranks,
+        record=str(folder / "allocate.json"),
+        parameter_ratio=0.6,
+        compression=CONFIG["compression"],
+        log=log,
+    )
     shifted, found = str(original / "hidden_0.safetensors"), []
     for index in range(BLOCKS):
         factors, target = (
@@ -96,7 +106,9 @@ def compress(original: Path, folder: Path, *, objective: str, epochs: int) -> li
             output=factors,
             record=str(record),
             index=index,
-            parameter_ratio=0.6,
+            ranks=ranks,
+            gradients=None,
+            buckets=None,
             calibration=SETTINGS,
             compression={**CONFIG["compression"], "objective": objective},
             log=log,

@@ -12,7 +12,9 @@ from stored import CPU, Stored, activations
 from torch import Tensor, nn
 
 from aasvd.artifacts import Activations
-from aasvd.compress import OBJECTIVES, Stream, capture_block, solve_block
+from aasvd.compress import Stream, capture_block, solve_block
+from aasvd.objectives import Options, Statistics
+from aasvd.rank import uniform_rank
 from aasvd.refine import Recipe, distortion, refine, schedule
 
 RECIPE = Recipe(
@@ -91,7 +93,7 @@ def task_of(stored: Callable[[str], Stored], tmp_path: Path) -> Callable[[str, t
         original = activations(tmp_path / "original.safetensors", x)
         shifted = activations(tmp_path / "shifted.safetensors", x + (0.1 * x.std() * noise).to(dtype))
         outputs: list[Tensor] = []
-        grams = capture_block(
+        captured = capture_block(
             block, groups, inputs=original, arguments=arguments, batch=8, device=CPU, on_output=outputs.append
         )
         compressed = copy.deepcopy(block)
@@ -99,15 +101,18 @@ def task_of(stored: Callable[[str], Stored], tmp_path: Path) -> Callable[[str, t
             block,
             compressed,
             groups,
-            objective=OBJECTIVES["anchored"],
-            parameter_ratio=0.5,
-            storage="factors",
-            # Without it o_proj inverts rounding noise: see test_compress.
-            ridge=1e-3,
-            grams=grams,
-            token_count=x.shape[0] * x.shape[1],
+            objective="anchored",
+            # Without a ridge o_proj inverts rounding noise: see test_compress.
+            options=Options(blend=1.0, ridge=1e-3),
+            ranks={
+                name: uniform_rank(
+                    *block.get_submodule(name).weight.shape, parameter_ratio=0.5, storage="factors"
+                )
+                for group in groups
+                for name in group
+            },
+            statistics=[Statistics(*found, x.shape[0] * x.shape[1]) for found in captured],
             stream=Stream(original, shifted, arguments, 8, CPU, dtype),
-            device=CPU,
         )
         targets = activations(tmp_path / "targets.safetensors", outputs[0])
         return Task(compressed.float(), shifted, targets, arguments, dtype)

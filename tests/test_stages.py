@@ -27,7 +27,13 @@ from aasvd.params import failure_file
 
 CPU = torch.device("cpu")
 CALIBRATION: dict[str, Any] = {"dtype": "float32", "batch": 2}
-COMPRESSION: dict[str, Any] = {"objective": "anchored", "blend": 0.5, "ridge": 0.0}
+COMPRESSION: dict[str, Any] = {
+    "objective": "anchored",
+    "blend": 0.5,
+    "ridge": 0.0,
+    "allocation": "uniform",
+    "ranks_file": "",
+}
 REFINEMENT: dict[str, Any] = {
     "epochs": 1,
     "steps": 0,
@@ -72,6 +78,15 @@ class Chain:
         )
         count = json.loads(Path(self.path("outline.json")).read_text())["blocks"]
         assert isinstance(count, int)
+        stages.allocate(
+            outline=self.path("outline.json"),
+            measured={},
+            output=self.path("ranks.json"),
+            record=self.path("allocate.json"),
+            parameter_ratio=0.6,
+            compression={**COMPRESSION, "storage": self.storage},
+            log=self.log,
+        )
         for block in range(count):
             stages.capture_block(
                 source=self.path("source.json"),
@@ -91,10 +106,12 @@ class Chain:
             covariances=self.path(f"c{block}"),
             original=self.path(f"x{block}"),
             shifted=self.path(f"s{block}" if block else "x0"),
+            ranks=self.path("ranks.json"),
+            gradients=None,
+            buckets=None,
             output=self.path(f"solved{block}"),
             record=self.path(f"solve{block}.json"),
             index=block,
-            parameter_ratio=0.6,
             calibration=CALIBRATION,
             compression={**COMPRESSION, "storage": self.storage},
             log=self.log,
@@ -187,6 +204,33 @@ def test_stages_end_to_end(chain: Callable[..., Chain], name: str, storage: str)
         before = json.loads(Path(run.path(f"refine{block}.json")).read_text())["before"]
         after = json.loads(Path(run.path(f"propagate{block}.json")).read_text())["after"]
         assert 0 < after["mse"] <= before["mse"]
+
+
+@pytest.mark.parametrize("objective", ["input_aware", "asvd", "dipsvd_code"])
+def test_objectives_on_original_inputs_read_no_activations(
+    chain: Callable[[str], Chain], objective: str
+) -> None:
+    run = chain("llama")
+    blocks = run.original()
+    for number in range(blocks + 1):
+        Path(run.path(f"x{number}")).unlink()
+    for block in range(blocks):
+        stages.solve_block(
+            source=run.path("source.json"),
+            covariances=run.path(f"c{block}"),
+            ranks=run.path("ranks.json"),
+            original=None,
+            shifted=None,
+            gradients=None,
+            buckets=None,
+            output=run.path(f"solved{block}"),
+            record=run.path(f"solve{block}.json"),
+            index=block,
+            calibration=CALIBRATION,
+            compression={**COMPRESSION, "objective": objective},
+            log=run.log,
+        )
+        assert len(load_file(run.path(f"solved{block}"))) == 2 * 7
 
 
 @pytest.mark.parametrize(

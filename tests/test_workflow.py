@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import re
 import signal
@@ -14,6 +15,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 import workflow_copy
@@ -27,7 +29,7 @@ from aasvd.artifacts import remake_command
 pytestmark = pytest.mark.slow
 
 ORIGINALS = {"fetch_model", "fetch_text", "fetch_task", "sample_calibration", "embed", "capture_block"}
-COMPRESSION = {"solve_block", "refine_block", "propagate", "assemble", "describe_compression"}
+COMPRESSION = {"allocate", "solve_block", "refine_block", "propagate", "assemble", "describe_compression"}
 MEASURES = {"perplexity", "accuracy"}
 NO_TASKS: dict[str, Any] = {"evaluation": {"tasks": []}}  # lm-eval takes seconds to import
 
@@ -277,6 +279,50 @@ def test_only_what_a_parameter_determines_is_made_anew(another: Copy) -> None:
     assert "up to date" in another.must("dvc", "status")
 
 
+def test_methods_on_original_inputs_cost_no_pass(another: Copy) -> None:
+    """Another ratio, and other such methods, read what the first run captured; only measuring has passes."""
+    alone = (COMPRESSION - {"refine_block", "propagate"}) | MEASURES | {"publish"}
+    for names in (["r0.6_svd-llm-w"], ["r0.4_svd-llm-w", "r0.6_svd"]):
+        targets = [f"results/tiny_{name}/eval.json" for name in names]
+        ran = Counter(finished(another.make("--", *targets)))
+        assert set(ran) == alone
+        assert ran["solve_block"] == BLOCKS * len(targets)
+        assert ran["perplexity"] == len(targets)
+    # Gradients are made when a method asks for them, once, and never again.
+    first = Counter(finished(another.make("--", "results/tiny_r0.6_loss-aware/eval.json")))
+    assert set(first) == alone | {"differentiate_head", "differentiate_block", "measure_block"}
+    again = Counter(finished(another.make("--", "results/tiny_r0.5_loss-aware/eval.json")))
+    assert set(again) == alone
+    fisher = Counter(finished(another.make("--", "results/tiny_r0.6_fwsvd/eval.json")))
+    assert set(fisher) == alone
+    # Equal methods share everything but the folder that people look at.
+    assert finished(another.make("--", "results/tiny_r0.6_drone/eval.json")) == ["publish"]
+    seconds = another.evaluation("tiny_r0.6_loss-aware")["seconds"]
+    assert {"differentiate", "differentiate head", "measure", "allocate"} <= set(seconds)
+
+
+def test_a_comparison_makes_all_its_runs(another: Copy) -> None:
+    """Of methods with every kind of statistic, measure and step; the others share their pieces."""
+    methods = ["asvd", "dipsvd-code", "adasvd", "saes-svd", "svd-llm"]
+    another.change(evaluation={"tasks": []}, comparison={"methods": methods, "variants": ["norefine"]})
+    another.make("--", "results/compare/tiny_r0.6.html")
+    table = pq.read_table(another.path("results/compare/tiny_r0.6.parquet")).to_pylist()
+    measured = {row["method"]: row for row in table if row["source"] == "measured"}
+    assert set(measured) == {"dense", *methods}
+    for method, row in measured.items():
+        assert math.isfinite(row["perplexity made-up"])
+        if method != "dense":
+            # One rank of the tiny model's smallest linear is 0.2 % of all linears.
+            assert 0.598 < row["kept_linears"] <= 0.6
+    reported = [row for row in table if row["source"].startswith("reported: ")]
+    assert {row["ratio"] for row in reported} == {0.6, 1.0}
+    for name in ("html", "md", "tex"):
+        text = another.path(f"results/compare/tiny_r0.6.{name}").read_text()
+        assert "saes-svd" in text and "SAES-SVD" in text
+    drawing = another.path("results/compare/tiny_r0.6.svg").read_text().partition("<svg")[2]
+    assert drawing in another.path("results/compare/tiny_r0.6.html").read_text()
+
+
 def test_an_overlay_merges_deeply_and_is_not_recorded_as_params_yaml(another: Copy) -> None:
     lock, first = another.path("dvc.lock").read_text(), another.evaluation()
     another.path("more.yaml").write_text(
@@ -291,9 +337,7 @@ def test_an_overlay_merges_deeply_and_is_not_recorded_as_params_yaml(another: Co
     assert locked[f"publish@{RUN}"] == yaml.safe_load(lock)["stages"][f"publish@{RUN}"]
     assert "eval.json" in another.must("dvc", "status")  # what lies there is not params.yaml's
     plan = another.planned("results/tiny_r0.6_quick/eval.json", options=["--configfile", "more.yaml"])
-    assert set(plan) == {"refine_block", "solve_block", "propagate", "assemble", "describe_compression"} | (
-        MEASURES | {"publish"}
-    )
+    assert set(plan) == COMPRESSION | (MEASURES | {"publish"})
     assert finished(another.make()) == ["publish", "all"]
     assert numbers(another.evaluation()) == numbers(first)
     assert "up to date" in another.must("dvc", "status")

@@ -1,12 +1,13 @@
 """Settings, keys and the few functions that tell rules what they read. Paths come from aasvd.params alone."""
 
+import functools
 import importlib
 import pathlib
 import sys
 
 from snakemake.exceptions import WorkflowError
 
-from aasvd import params
+from aasvd import methods, params
 
 CACHE = "results/downloads"
 ARTIFACTS = str(params.ARTIFACTS)
@@ -24,6 +25,8 @@ wildcard_constraints:
     key=r"[0-9a-f]{10}",
     block=r"\d{3}",
     split=r"train|test",
+    measure=r"(spectra|influence|relative_gradients|profile|sensitivity)(-\w+)?",
+    buckets=r"\d+",
 
 
 def checked(function, *args, **kwargs):
@@ -60,24 +63,37 @@ for run in params.named_runs(sys.argv[1:]):
     checked(params.parse_run, config, run)
 
 
+# Every job asks for its run a few times, and working out a key reads local models and texts.
+parse_run = functools.cache(lambda name: checked(params.parse_run, config, name))
+find_run = functools.cache(
+    lambda model, calibration, compression: checked(
+        params.find_run, config, model=model, calibration=calibration, compression=compression
+    )
+)
+paths_by_name = functools.cache(lambda name: params.Paths(config, parse_run(name)))
+
+
 def run_of(wildcards):
     """The run that a rule's wildcards belong to."""
     if "run" in wildcards.keys():
         REQUESTED.add(wildcards.run)
-        return checked(params.parse_run, config, wildcards.run)
-    compression = wildcards.compression if "compression" in wildcards.keys() else None
-    return checked(
-        params.find_run,
-        config,
-        model=wildcards.model,
-        calibration=wildcards.calibration,
-        compression=compression,
-    )
+        return parse_run(wildcards.run)
+    return find_run(wildcards.model, wildcards.calibration, wildcards.get("compression"))
 
 
 def paths_of(wildcards):
     """Where the artifacts of a rule's run lie."""
-    return params.Paths(config, run_of(wildcards))
+    return paths_by_name(run_of(wildcards).name)
+
+
+def where_needed(statistic, function):
+    """An input function that gives a file only to runs whose objective needs a statistic."""
+    return lambda w: [ancient(function(w))] if statistic in params.needs(run_of(w)) else []
+
+
+def given(inputs):
+    """A rule's inputs by name, None for those that its input function left out."""
+    return {name: (files if isinstance(files, str) else next(iter(files), None)) for name, files in inputs.items()}
 
 
 def settings_of(section):

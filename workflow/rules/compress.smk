@@ -16,13 +16,61 @@ def all_blocks(function):
     return lambda w: [ancient(function(w, block)) for block in range(blocks_of(run_of(w).model))]
 
 
+def measured_blocks(wildcards):
+    """The measures that a run's allocation looks at, of all blocks."""
+    return [
+        ancient(f"{paths_of(wildcards).original}/block_{block:03d}/measures/{measure}.safetensors")
+        for measure in params.measures(run_of(wildcards))
+        for block in range(blocks_of(wildcards.model))
+    ]
+
+
+def by_measure(wildcards, files):
+    """The files of `measured_blocks` by measure."""
+    names, count = params.measures(run_of(wildcards)), blocks_of(wildcards.model)
+    return {name: list(files[place * count : (place + 1) * count]) for place, name in enumerate(names)}
+
+
+rule allocate:
+    """Choose the rank of every linear at the parameter budget."""
+    input:
+        outline=lambda w: ancient(dense_source(w).replace("source.json", "outline.json")),
+        measured=measured_blocks,
+    output:
+        output=f"{COMPRESSED}/ranks.json",
+        record=f"{COMPRESSED}/allocate.json",
+    log:
+        "logs/{model}/{calibration}/{compression}/allocate.log",
+    params:
+        ratio=lambda w: run_of(w).ratio,
+        settings=settings_of("compression"),
+    run:
+        stages(wildcards).allocate(
+            outline=input.outline,
+            measured=by_measure(wildcards, input.measured),
+            **output,
+            parameter_ratio=params.ratio,
+            compression=params.settings,
+            log=log[0],
+        )
+
+
 rule solve_block:
     """Solve the low-rank factors of one block's linears, group by group."""
     input:
         source=lambda w: ancient(dense_source(w)),
         covariances=ancient(f"{ORIGINAL}/block_{{block}}/covariances.safetensors"),
-        original=lambda w: ancient(original_input(w, int(w.block))),
-        shifted=lambda w: ancient(shifted_input(w, int(w.block))),
+        ranks=ancient(f"{COMPRESSED}/ranks.json"),
+        original=where_needed("shifted", lambda w: original_input(w, int(w.block))),
+        shifted=where_needed("shifted", lambda w: shifted_input(w, int(w.block))),
+        gradients=where_needed(
+            "gradients", lambda w: f"{paths_of(w).original}/block_{w.block}/gradients.safetensors"
+        ),
+        buckets=where_needed(
+            "buckets",
+            lambda w: f"{paths_of(w).original}/block_{w.block}/buckets_"
+            f"{run_of(w).settings['compression']['buckets']}.safetensors",
+        ),
     output:
         output=f"{COMPRESSED}/block_{{block}}/solved.safetensors",
         record=f"{COMPRESSED}/block_{{block}}/solve.json",
@@ -31,14 +79,12 @@ rule solve_block:
     resources:
         gpu=1,
     params:
-        ratio=lambda w: run_of(w).ratio,
         settings=lambda w: run_of(w).settings,
     run:
         stages(wildcards).solve_block(
-            **input,
+            **given(input),
             **output,
             index=int(wildcards.block),
-            parameter_ratio=params.ratio,
             calibration=params.settings["calibration"],
             compression=params.settings["compression"],
             log=log[0],
@@ -116,6 +162,34 @@ rule assemble:
             storage=params.settings["storage"],
             precision=params.settings["precision"],
             details=params.details,
+            log=log[0],
+        )
+
+
+rule adapt:
+    """Update all factors of an assembled checkpoint on the calibration tokens (post-step)."""
+    input:
+        source=lambda w: ancient(dense_source(w)),
+        tokens=ancient(f"{CALIBRATION}/tokens.parquet"),
+        checksums=ancient(f"{COMPRESSED}/model/SHA256SUMS"),
+    output:
+        adapted=f"{COMPRESSED}/adapted/SHA256SUMS",
+        record=f"{COMPRESSED}/adapt.json",
+    log:
+        "logs/{model}/{calibration}/{compression}/adapt.log",
+    resources:
+        gpu=1,
+    params:
+        settings=lambda w: run_of(w).settings,
+        details=lambda w: params.compression_ingredients(config, run_of(w)),
+    run:
+        stages(wildcards).adapt_model(
+            **input,
+            **output,
+            details=params.details,
+            seed=params.settings["seed"],
+            calibration_settings=params.settings["calibration"],
+            post=params.settings["post"],
             log=log[0],
         )
 

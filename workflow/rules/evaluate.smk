@@ -7,7 +7,7 @@ def subject_model(wildcards):
     kind, key = wildcards.subject.split("/")
     if kind == "dense":
         return dense_source(wildcards)
-    return f"{ARTIFACTS}/compressed/{wildcards.model}/{kind}/{key}/model/SHA256SUMS"
+    return f"{paths_by_name(find_run(wildcards.model, kind, key).name).checkpoint}/SHA256SUMS"
 
 
 def measured_settings(name):

@@ -18,6 +18,13 @@ def original_input(wildcards, block):
     return f"{folder}/block_{block - 1:03d}/output.safetensors" if block else f"{folder}/embedded.safetensors"
 
 
+def upstream_gradient(wildcards, block):
+    """The gradient at a block's output."""
+    folder = paths_of(wildcards).original
+    last = block + 1 == blocks_of(wildcards.model)
+    return f"{folder}/gradient.safetensors" if last else f"{folder}/block_{block + 1:03d}/gradient.safetensors"
+
+
 rule sample_calibration:
     """Sample windows of calibration tokens."""
     input:
@@ -70,6 +77,110 @@ rule capture_block:
     run:
         stages(wildcards).capture_block(
             **input, **output, index=int(wildcards.block), settings=params.settings, log=log[0]
+        )
+
+
+rule differentiate_head:
+    """Differentiate the dense model's loss with respect to what leaves its last block."""
+    input:
+        source=lambda w: ancient(dense_source(w)),
+        tokens=ancient(f"{CALIBRATION}/tokens.parquet"),
+        hidden=lambda w: ancient(original_input(w, blocks_of(w.model))),
+    output:
+        gradient=maybe_temp(f"{ORIGINAL}/gradient.safetensors"),
+        record=f"{ORIGINAL}/differentiate.json",
+    log:
+        "logs/{model}/{calibration}/differentiate_head.log",
+    resources:
+        gpu=1,
+    params:
+        settings=settings_of("calibration"),
+    run:
+        stages(wildcards).differentiate_head(**input, **output, settings=params.settings, log=log[0])
+
+
+rule differentiate_block:
+    """Run one original block backward: its linears' gradients, and the gradient for the block before it."""
+    input:
+        source=lambda w: ancient(dense_source(w)),
+        inputs=lambda w: ancient(original_input(w, int(w.block))),
+        upstream=lambda w: ancient(upstream_gradient(w, int(w.block))),
+    output:
+        gradient=maybe_temp(f"{ORIGINAL}/block_{{block}}/gradient.safetensors"),
+        statistics=f"{ORIGINAL}/block_{{block}}/gradients.safetensors",
+        record=f"{ORIGINAL}/block_{{block}}/differentiate.json",
+    log:
+        "logs/{model}/{calibration}/differentiate_{block}.log",
+    resources:
+        gpu=1,
+    params:
+        settings=settings_of("calibration"),
+    run:
+        stages(wildcards).differentiate_block(
+            **input, **output, index=int(wildcards.block), settings=params.settings, log=log[0]
+        )
+
+
+rule average_block:
+    """Run one original block for the covariances of inputs averaged over buckets of sequences."""
+    input:
+        source=lambda w: ancient(dense_source(w)),
+        inputs=lambda w: ancient(original_input(w, int(w.block))),
+    output:
+        output=f"{ORIGINAL}/block_{{block}}/buckets_{{buckets}}.safetensors",
+        record=f"{ORIGINAL}/block_{{block}}/average_{{buckets}}.json",
+    log:
+        "logs/{model}/{calibration}/average_{block}_{buckets}.log",
+    resources:
+        gpu=1,
+    params:
+        settings=settings_of("calibration"),
+        seed=settings_of("seed"),
+    run:
+        stages(wildcards).average_block(
+            **input,
+            **output,
+            index=int(wildcards.block),
+            buckets=int(wildcards.buckets),
+            seed=params.seed,
+            settings=params.settings,
+            log=log[0],
+        )
+
+
+def measured_from(kinds, function):
+    """An input function that gives a file only to the measures that look at it."""
+    return lambda w: [ancient(function(w))] if w.measure.partition("-")[0] in kinds else []
+
+
+rule measure_block:
+    """Measure what an allocation of ranks looks at, on one original block."""
+    input:
+        source=lambda w: ancient(dense_source(w)),
+        covariances=ancient(f"{ORIGINAL}/block_{{block}}/covariances.safetensors"),
+        gradients=measured_from(
+            methods.DIFFERENTIATED, lambda w: f"{ORIGINAL}/block_{{block}}/gradients.safetensors".format(**w)
+        ),
+        tokens=measured_from(("sensitivity",), lambda w: f"{CALIBRATION}/tokens.parquet".format(**w)),
+        inputs=measured_from(("sensitivity", "profile"), lambda w: original_input(w, int(w.block))),
+        outputs=measured_from(("profile",), lambda w: original_input(w, int(w.block) + 1)),
+    output:
+        output=f"{ORIGINAL}/block_{{block}}/measures/{{measure}}.safetensors",
+        record=f"{ORIGINAL}/block_{{block}}/measures/{{measure}}.json",
+    log:
+        "logs/{model}/{calibration}/measure_{block}_{measure}.log",
+    resources:
+        gpu=1,
+    params:
+        settings=settings_of("calibration"),
+    run:
+        stages(wildcards).measure_block(
+            **given(input),
+            **output,
+            index=int(wildcards.block),
+            measure=wildcards.measure,
+            settings=params.settings,
+            log=log[0],
         )
 
 

@@ -10,22 +10,25 @@ def measurements(folder):
 
 def records(wildcards):
     """The records of every stage that made a run's checkpoint."""
-    paths, blocks = paths_of(wildcards), range(blocks_of(run_of(wildcards).model))
-    stages_of_a_block = ["solve", "propagate"]
-    if run_of(wildcards).settings["refinement"]["epochs"]:
-        stages_of_a_block.insert(1, "refine")
+    paths, run = paths_of(wildcards), run_of(wildcards)
+    blocks = range(blocks_of(run.model))
+    # What runs share counts for every run that uses it.
+    statistics = params.original_files(run).values()
     return [
         ancient(str(file))
         for file in [
             paths.model / "fetch.json",
             paths.original / "embed.json",
-            *(paths.original / f"block_{block:03d}" / "capture.json" for block in blocks),
+            *([paths.original / "differentiate.json"] if "differentiate.json" in statistics else []),
+            *(paths.original / f"block_{block:03d}" / record for block in blocks for record in statistics),
             *(
                 paths.compressed / f"block_{block:03d}" / f"{stage}.json"
                 for block in blocks
-                for stage in stages_of_a_block
+                for stage in params.block_stages(run)
             ),
+            paths.compressed / "allocate.json",
             paths.compressed / "assemble.json",
+            *([paths.compressed / "adapt.json"] if run.settings["post"]["epochs"] else []),
         ]
     ]
 
@@ -43,7 +46,7 @@ rule publish:
     """Put a run's checkpoint, numbers and figure where people look."""
     input:
         source=lambda w: ancient(f"{paths_of(w).model}/source.json"),
-        checksums=lambda w: ancient(f"{paths_of(w).compressed}/model/SHA256SUMS"),
+        checksums=lambda w: ancient(f"{paths_of(w).checkpoint}/SHA256SUMS"),
         outline=lambda w: ancient(f"{paths_of(w).model}/outline.json"),
         ingredients=lambda w: [ancient(f"{folder}/key.json") for folder in (paths_of(w).original, paths_of(w).compressed)],
         records=records,

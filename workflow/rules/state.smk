@@ -34,13 +34,13 @@ def settled(file):
 def status_files(wildcards):
     """The progress.json of each asked-for run that a job works for; in a cluster's job, of the listed runs."""
     names = REQUESTED or config["runs"]
-    runs = [checked(params.parse_run, config, name) for name in sorted(names)]
+    runs = [parse_run(name) for name in sorted(names)]
     return [f"results/{run.name}/progress.json" for run in runs if works_for(run, wildcards)]
 
 
 def works_for(run, wildcards):
     """Whether a job's wildcards fit a run."""
-    paths = params.Paths(config, run)
+    paths = paths_by_name(run.name)
     own = {
         "run": run.name,
         "model": run.model,

@@ -1,0 +1,468 @@
+"""Ranks of all linears of a model under one parameter budget, by the rules of several papers and our own.
+
+Most rules give each linear a share of its parameters to keep; the shares are then rounded to ranks that
+meet the budget as closely as single ranks allow. `optimal` chooses the ranks themselves, from what each
+further direction of each linear is worth to the model's loss. Functions are found by their name in
+`aasvd.methods.ALLOCATIONS`, which says which measures (`aasvd.measures`) they need.
+"""
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from aasvd.knapsack import choose
+from aasvd.methods import ALLOCATIONS
+from aasvd.rank import stored_parameters, uniform_rank
+
+# ASVD's candidate ratios.
+CANDIDATES = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+# LoRAP: v and o keep this many times the share of q and k.
+_LORAP_IMBALANCE = 3.0
+# SVD-LLM V2: its rule can ask for more than everything; what is removed of a matrix at most.
+_V2_LARGEST_REMOVAL = 0.95
+# Swift-SVD: exponent of the block's importance (0.6 used in its paper), and the floor in mean ranks.
+_SWIFT_ALPHA, _SWIFT_FLOOR = 0.6, 0.5
+# AdaSVD: minimum retention relative to the target; the paper gives no number.
+_ADASVD_MINIMUM = 0.8
+# DipSVD: weight of the sensitivity, width of the ratios around the target, and their bounds.
+_DIPSVD_BETA, _DIPSVD_WIDTH, _DIPSVD_BOUNDS = 0.3, 0.25, (0.3, 0.98)
+_DIPSVD_ENERGY = 0.95
+# How closely ranks from a file have to meet the budget.
+_TOLERANCE = 1e-3
+
+Floats = NDArray[np.float64]
+Ranks = dict[str, int | None]
+
+
+class Layer(NamedTuple):
+    """One linear: the number of its block, its name in it, and its shape (m, n)."""
+
+    block: int
+    name: str
+    shape: tuple[int, int]
+
+    @property
+    def size(self) -> int:
+        """Its number of parameters when dense."""
+        return self.shape[0] * self.shape[1]
+
+
+class Problem(NamedTuple):
+    """What an allocation looks at.
+
+    Attributes:
+        layers: All linears of the model.
+        ratio: Share of their parameters that is kept in all.
+        measures: By measure, the tensors of every block.
+        compression: The section of params.yaml.
+    """
+
+    layers: Sequence[Layer]
+    ratio: float
+    measures: Mapping[str, Sequence[Mapping[str, Tensor]]]
+    compression: Mapping[str, Any]
+
+    @property
+    def budget(self) -> int:
+        """Largest number of parameters that may be stored."""
+        return math.floor(self.ratio * sum(layer.size for layer in self.layers) + 1e-6)
+
+    @property
+    def storage(self) -> str:
+        """What a rank costs depends on how it is stored."""
+        return str(self.compression["storage"])
+
+    def cost(self, layer: Layer, rank: int | None) -> int:
+        """Return how many parameters a linear of a rank stores."""
+        return stored_parameters(*layer.shape, rank, storage=self.storage)
+
+    def rank(self, layer: Layer, share: float) -> int | None:
+        """Return the rank at which a linear keeps a share of its parameters; None for dense."""
+        if share >= 1:
+            return None
+        return uniform_rank(*layer.shape, parameter_ratio=max(float(share), 1e-12), storage=self.storage)
+
+    def stored(self, ranks: Sequence[int | None]) -> int:
+        """Return how many parameters all linears store."""
+        return sum(self.cost(layer, rank) for layer, rank in zip(self.layers, ranks, strict=True))
+
+    def of_layer(self, measure: str, layer: Layer) -> Tensor:
+        """Return what a measure says of one linear."""
+        return self.measures[measure][layer.block][layer.name]
+
+    def of_blocks(self, measure: str, name: str) -> list[Tensor]:
+        """Return what a measure says of every block under a name."""
+        return [tensors[name] for tensors in self.measures[measure]]
+
+
+class Allocation(NamedTuple):
+    """Ranks in the order of the layers, None for dense, and what there is to say about them."""
+
+    ranks: list[int | None]
+    notes: dict[str, Any]
+
+
+def allocate(name: str, problem: Problem) -> Allocation:
+    """Choose the rank of every linear.
+
+    Raises:
+        ValueError: If there is no such allocation, or it cannot be made for this model and ratio.
+    """
+    if name not in ALLOCATIONS:
+        raise ValueError(f"unknown allocation {name!r}; there are {', '.join(ALLOCATIONS)}")
+    if name in SHARES:
+        shares = SHARES[name](problem)
+        return Allocation(round_shares(problem, shares), {"shares": [float(share) for share in shares]})
+    return RANKS[name](problem)
+
+
+# --- from shares to ranks ---------------------------------------------------------------------------------
+
+
+def round_shares(problem: Problem, shares: Floats) -> list[int | None]:
+    """Round shares of parameters to ranks that meet the budget: down, then up again where most was lost."""
+    layers = problem.layers
+    ranks = [problem.rank(layer, share) for layer, share in zip(layers, shares, strict=True)]
+    wanted = [share * layer.size for layer, share in zip(layers, shares, strict=True)]
+
+    def lost(index: int) -> float:
+        return wanted[index] - problem.cost(layers[index], ranks[index])
+
+    left = problem.budget - problem.stored(ranks)
+    while left < 0:
+        # Every linear keeps at least one direction, and some round up to dense.
+        shrinkable = [i for i in range(len(layers)) if _smaller(problem, layers[i], ranks[i]) is not None]
+        if not shrinkable:
+            raise ValueError(f"ratio {problem.ratio} is below one direction for every linear")
+        index = min(shrinkable, key=lost)
+        left += problem.cost(layers[index], ranks[index])
+        ranks[index] = _smaller(problem, layers[index], ranks[index])
+        left -= problem.cost(layers[index], ranks[index])
+    progress = True
+    while progress:
+        progress = False
+        for index in sorted(range(len(layers)), key=lost, reverse=True):
+            if ranks[index] is None:
+                continue
+            larger = _larger(problem, layers[index], ranks[index])
+            step = problem.cost(layers[index], larger) - problem.cost(layers[index], ranks[index])
+            if step <= left:
+                ranks[index], left, progress = larger, left - step, True
+    return ranks
+
+
+def largest_rank(problem: Problem, layer: Layer) -> int:
+    """Return the largest rank whose stored form is smaller than the matrix; 0 if there is none."""
+    low, high = 0, min(layer.shape)
+    while low < high:
+        middle = (low + high + 1) // 2
+        smaller = problem.cost(layer, middle) < layer.size
+        low, high = (middle, high) if smaller else (low, middle - 1)
+    return low
+
+
+def _larger(problem: Problem, layer: Layer, rank: int | None) -> int | None:
+    return None if rank is None or rank >= largest_rank(problem, layer) else rank + 1
+
+
+def _smaller(problem: Problem, layer: Layer, rank: int | None) -> int | None:
+    """Return the next smaller rank; None where there is none."""
+    below = largest_rank(problem, layer) if rank is None else rank - 1
+    return below or None
+
+
+def spread(weights: Floats, sizes: Floats, ratio: float, *, low: float = 0.0, high: float = 1.0) -> Floats:
+    """Return shares in proportion to weights, within bounds, whose mean over parameters is a ratio.
+
+    What the bounds cut off goes to the others in the same proportion (water-filling).
+    """
+    if not low <= ratio <= high:
+        raise ValueError(f"a mean of {ratio} is not possible with shares from {low} to {high}")
+    smallest = float(weights[weights > 0].min(initial=np.inf))
+    if not np.isfinite(smallest):
+        return np.full(len(weights), ratio)
+    floor = np.maximum(weights, smallest * 1e-6)
+    below, above = 0.0, high / float(floor.min())
+    for _ in range(200):
+        middle = (below + above) / 2
+        mean = float((np.clip(middle * floor, low, high) * sizes).sum() / sizes.sum())
+        below, above = (middle, above) if mean < ratio else (below, middle)
+    return np.clip(above * floor, low, high)
+
+
+def _sizes(layers: Sequence[Layer]) -> Floats:
+    return np.array([layer.size for layer in layers], dtype=np.float64)
+
+
+def _by_type(problem: Problem, shares_of: Callable[[list[Layer]], Floats]) -> Floats:
+    """Give every type of linear (all q_proj, ...) the same mean, and share it out within the type."""
+    shares = np.empty(len(problem.layers))
+    for name in dict.fromkeys(layer.name for layer in problem.layers):
+        places = [index for index, layer in enumerate(problem.layers) if layer.name == name]
+        shares[places] = shares_of([problem.layers[place] for place in places])
+    return shares
+
+
+def _by_block(problem: Problem, weights: Floats, **bounds: float) -> Floats:
+    """Give all linears of a block the share of the block."""
+    sizes = np.zeros(len(weights))
+    np.add.at(sizes, [layer.block for layer in problem.layers], _sizes(problem.layers))
+    return spread(weights, sizes, problem.ratio, **bounds)[[layer.block for layer in problem.layers]]
+
+
+def _scaled(values: Floats) -> Floats:
+    """Scale to 0..1; all one half where they do not differ."""
+    low, high = values.min(), values.max()
+    return (values - low) / (high - low) if high > low else np.full(len(values), 0.5)
+
+
+# --- rules that give shares -------------------------------------------------------------------------------
+
+
+def uniform(problem: Problem) -> Floats:
+    """The same share everywhere.
+
+    AA-SVD and SVD-LLM round every rank down and stay below the budget. Here what rounding leaves over goes
+    to the linears that lost most, a rank each.
+    """
+    return np.full(len(problem.layers), problem.ratio)
+
+
+def lorap(problem: Problem) -> Floats:
+    """LoRAP: within attention, v and o keep three times the share of q and k; the MLP keeps the ratio.
+
+    The paper has square attention matrices: (v, o) keep 1.5 r and (q, k) 0.5 r, and where v and o would be
+    dense, q and k get the rest. This is the same for matrices of any shape.
+    """
+    high = {"v_proj", "o_proj", "out_proj"}
+    low = {"q_proj", "k_proj"}
+    leaves = [layer.name.rpartition(".")[2] for layer in problem.layers]
+    if not high & set(leaves) or not low & set(leaves):
+        raise ValueError("LoRAP's split needs q, k, v and o as linears of their own, and this model has none")
+    attention = np.array([leaf in high | low for leaf in leaves])
+    weights = np.array([_LORAP_IMBALANCE if leaf in high else 1.0 for leaf in leaves])
+    shares = np.full(len(leaves), problem.ratio)
+    shares[attention] = spread(weights[attention], _sizes(problem.layers)[attention], problem.ratio)
+    return shares
+
+
+def strs(problem: Problem) -> Floats:
+    """ASVD's sensitivity-based truncation rank search.
+
+    Every linear alone was compressed to six ratios and the model's perplexity taken. All trials are sorted
+    by it, worst first; with a cut through the list, every linear takes its smallest ratio at or after the
+    cut, or stays dense. The cut is searched that meets the budget.
+
+    Paper: the released loop may end one entry off the target. Here: the first cut within the budget, and
+    what it leaves over is shared out in proportion. Paper: lm_head counts. Here: the blocks' linears.
+    """
+    trials = sorted(
+        (
+            (float(value), index, ratio)
+            for index, layer in enumerate(problem.layers)
+            for value, ratio in zip(problem.of_layer("sensitivity", layer), CANDIDATES, strict=True)
+        ),
+        key=lambda trial: (-trial[0], trial[1], trial[2]),
+    )
+    sizes = _sizes(problem.layers)
+
+    def shares_after(cut: int) -> Floats:
+        shares = np.ones(len(problem.layers))
+        for _, index, ratio in trials[cut:]:
+            shares[index] = min(shares[index], ratio)
+        return shares
+
+    def kept(cut: int) -> float:
+        return float((shares_after(cut) * sizes).sum() / sizes.sum())
+
+    # Later cuts keep more, so the last one within the budget is found by bisection.
+    low, high = 0, len(trials)
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if kept(middle) <= problem.ratio else (low, middle - 1)
+    return spread(shares_after(low), sizes, problem.ratio)
+
+
+def svdllm_v2(problem: Problem) -> Floats:
+    """SVD-LLM V2: within each type, what is removed is in proportion to 1 / log(loss at the uniform ratio).
+
+    Paper: log L, which is negative for losses below 1. Here: log(1 + L), with L = ‖W X − W' X‖ over all
+    calibration tokens. What its rule removes beyond 95 % of a matrix is taken from the others of its type.
+    """
+
+    def shares(layers: list[Layer]) -> Floats:
+        scores = []
+        for layer in layers:
+            rank = problem.rank(layer, problem.ratio) or min(layer.shape)
+            loss = math.sqrt(float(problem.of_layer("spectra", layer)[rank:].sum()))
+            scores.append(1 / max(math.log1p(loss), 1e-12))
+        removed = 1 - problem.ratio
+        high = max(_V2_LARGEST_REMOVAL, removed)
+        return 1 - spread(np.array(scores), _sizes(layers), removed, high=high)
+
+    return _by_type(problem, shares)
+
+
+def effective_rank(problem: Problem) -> Floats:
+    """Shares in proportion to the effective rank of each linear's outputs, exp of the spectrum's entropy.
+
+    The normalised effective rank of Swift-SVD's code, over all linears of the model.
+    """
+    weights = []
+    for layer in problem.layers:
+        sigma = problem.of_layer("spectra", layer).clamp_min(0).sqrt()
+        p = sigma / sigma.sum().clamp_min(1e-300)
+        weights.append(math.exp(float(-torch.special.xlogy(p, p).sum())) / min(layer.shape))
+    return spread(np.array(weights), _sizes(problem.layers), problem.ratio)
+
+
+def swift(problem: Problem) -> Floats:
+    """Swift-SVD: half the uniform share, and the rest within each type by β^α log(e + ε)^(1 − α).
+
+    β in [1, 2] is the block's influence, 1 − cos(input, output); ε the norm of the linear's outputs over
+    the calibration tokens, as in the code.
+    """
+    influence = 1 - np.array([float(x) for x in problem.of_blocks("profile", "cosine")])
+    beta = 1 + _scaled(influence)
+
+    def shares(layers: list[Layer]) -> Floats:
+        norms = [math.sqrt(float(problem.of_layer("spectra", layer).sum())) for layer in layers]
+        scores = np.array(
+            [
+                beta[layer.block] ** _SWIFT_ALPHA * math.log(math.e + norm) ** (1 - _SWIFT_ALPHA)
+                for layer, norm in zip(layers, norms, strict=True)
+            ]
+        )
+        floor = _SWIFT_FLOOR * problem.ratio
+        return floor + spread(scores, _sizes(layers), problem.ratio - floor, high=1 - floor)
+
+    return _by_type(problem, shares)
+
+
+def adasvd(problem: Problem) -> Floats:
+    """AdaSVD's adaCR: a block keeps mrr + (I / mean I) (r − mrr), I = cos(input, output) of the block.
+
+    Paper: of each layer, whose input and output have no cosine where their widths differ. Here: of each
+    block. Its minimum retention mrr is 0.8 r.
+    """
+    similarity = np.array([float(x) for x in problem.of_blocks("profile", "cosine")]).clip(min=0)
+    minimum = _ADASVD_MINIMUM * problem.ratio
+    weights = minimum + similarity / max(similarity.mean(), 1e-12) * (problem.ratio - minimum)
+    return _by_block(problem, weights)
+
+
+def dipsvd(problem: Problem) -> Floats:
+    """DipSVD: a block keeps more, the more sensitive the loss and the higher the rank of its outputs."""
+    return _dipsvd(problem, sign=1)
+
+
+def dipsvd_inverted(problem: Problem) -> Floats:
+    """DipSVD as in its code, where the reciprocal of the sensitivity and the negated rank raise the share."""
+    return _dipsvd(problem, sign=-1)
+
+
+def _dipsvd(problem: Problem, *, sign: int) -> Floats:
+    sensitivity = np.array(
+        [sum(float(x) for x in tensors.values()) for tensors in problem.measures["relative_gradients"]]
+    ).clip(min=1e-300)
+    for quarter in np.array_split(np.arange(len(sensitivity)), 4):
+        if len(quarter):
+            sensitivity[quarter] /= sensitivity[quarter].mean()
+    ranks = []
+    for singular in problem.of_blocks("profile", "singular"):
+        total = singular.cumsum(0) / singular.sum().clamp_min(1e-300)
+        ranks.append(float((total < _DIPSVD_ENERGY).sum() + 1))
+    first = _scaled(sensitivity**sign) + 1e-5
+    second = _scaled(sign * np.array(ranks)) + 1e-5
+    score = _scaled(first**_DIPSVD_BETA * second ** (1 - _DIPSVD_BETA))
+    weights = problem.ratio + _DIPSVD_WIDTH * (2 * score - 1)
+    low, high = _DIPSVD_BOUNDS
+    bounds = {"low": min(low, problem.ratio), "high": max(high, problem.ratio)}
+    return _by_block(problem, weights.clip(min=bounds["low"]), **bounds)
+
+
+SHARES: dict[str, Callable[[Problem], Floats]] = {
+    function.__name__: function
+    for function in (
+        uniform,
+        lorap,
+        strs,
+        svdllm_v2,
+        effective_rank,
+        swift,
+        adasvd,
+        dipsvd,
+        dipsvd_inverted,
+    )
+}
+
+
+# --- rules that give ranks --------------------------------------------------------------------------------
+
+
+def optimal(problem: Problem) -> Allocation:
+    """Ours: the ranks, 'keep dense' among them, that lose least of what all directions are worth.
+
+    Every direction of every linear comes with what dropping it costs the model's loss (measure
+    `influence`). Losses add up, so this is a knapsack of one option per linear, and is solved exactly.
+    """
+    costs, values = [], []
+    for layer in problem.layers:
+        gains = problem.of_layer("influence", layer).double().cpu().numpy()
+        options = range(1, largest_rank(problem, layer) + 1)
+        cost = [problem.cost(layer, rank) for rank in options]
+        costs.append(np.array([*cost, layer.size], dtype=np.int64))
+        # At full rank, dense or not, nothing is lost.
+        values.append(np.append(np.cumsum(gains)[: len(options)], gains.sum()))
+    choice = choose(costs, values, budget=problem.budget)
+    ranks = [
+        None if option == len(cost) - 1 else option + 1
+        for option, cost in zip(choice.options, costs, strict=True)
+    ]
+    total = float(sum(value[-1] for value in values))
+    notes = {
+        "predicted_loss": total - choice.value,
+        "predicted_loss_bound": max(0.0, total - choice.bound),
+        "exact": choice.exact,
+    }
+    return Allocation(ranks, notes)
+
+
+def from_file(problem: Problem) -> Allocation:
+    """Ranks from a JSON file: an object of linears (`<block>.<name>`) and ranks, null for dense.
+
+    Raises:
+        ValueError: If the file does not fit the model or the budget.
+    """
+    path = Path(problem.compression["ranks_file"])
+    found = json.loads(path.read_text())
+    given = found.get("ranks", found) if isinstance(found, dict) else None
+    names = [f"{layer.block}.{layer.name}" for layer in problem.layers]
+    if not isinstance(given, dict) or set(given) != set(names):
+        difference = sorted(set(given or ()) ^ set(names))
+        raise ValueError(
+            f"{path}: expected an object with the rank of all {len(names)} linears, such as {names[0]!r}; "
+            f"{difference[0]!r} is missing or unknown"
+        )
+    for layer, name in zip(problem.layers, names, strict=True):
+        rank = given[name]
+        if rank is not None and (type(rank) is not int or not 1 <= rank <= min(layer.shape)):
+            raise ValueError(f"{path}: rank {rank!r} of {name}: expected 1 to {min(layer.shape)}, or null")
+    ranks: list[int | None] = [given[name] for name in names]
+    kept = problem.stored(ranks) / sum(layer.size for layer in problem.layers)
+    if abs(kept - problem.ratio) > _TOLERANCE * problem.ratio:
+        raise ValueError(
+            f"{path}: its ranks keep {kept:.4f} of the parameters, not {problem.ratio:g}: ask for that ratio "
+            f"(results/<model>_r{kept:.4f}_...)"
+        )
+    return Allocation(ranks, {})
+
+
+RANKS: dict[str, Callable[[Problem], Allocation]] = {"optimal": optimal, "file": from_file}

@@ -1,0 +1,125 @@
+"""What allocations of ranks look at, measured block by block on the original model.
+
+spectra             eigenvalues of W XXᵀ Wᵀ: what each direction of the outputs holds; no pass
+influence           what dropping each direction costs the loss, to second order; no pass, but gradients
+relative_gradients  ‖∂loss/∂W‖ / ‖W‖ (DipSVD); no pass, but gradients
+profile             cosine of a block's input and output, singular values of its outputs; no pass
+sensitivity         perplexity with one linear compressed (ASVD); passes through all later blocks
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from aasvd.artifacts import Activations
+from aasvd.covariance import Gram
+from aasvd.objectives import Options, Statistics, solver
+
+_PLAIN = Options(blend=0.0, ridge=0.0)
+
+
+def spectra(weights: Mapping[str, Tensor], statistics: Mapping[str, Statistics]) -> dict[str, Tensor]:
+    """Return the eigenvalues of W XXᵀ Wᵀ of every linear, descending, (min(m, n),) float64.
+
+    Args:
+        weights: Weight of every linear.
+        statistics: Statistics of every linear's group.
+    """
+    found = {}
+    for name, weight in weights.items():
+        solved = solver("input_aware", statistics[name], options=_PLAIN)(name, weight, min(weight.shape))
+        found[name] = solved.factors.spectrum
+    return found
+
+
+def influence(
+    weights: Mapping[str, Tensor], statistics: Mapping[str, Statistics], *, objective: str
+) -> dict[str, Tensor]:
+    """Return what dropping each direction of every linear costs, in nats per token, (min(m, n),).
+
+    To second order an error e = (W − W') x of a linear's output changes the loss by (gᵀe)² / 2 on average,
+    g the loss's gradient there (Fisher's approximation of the Hessian). With g and x taken as independent
+    (K-FAC, Martens & Grosse 2015), direction u_i of the solution costs λ_i u_iᵀ G u_i / 2, with λ_i what
+    it holds of W XXᵀ Wᵀ and G = Σ g gᵀ, both per token. Costs of several directions and linears add up.
+
+    Args:
+        weights: Weight of every linear.
+        statistics: Statistics of every linear's group, gradients with them.
+        objective: Whose directions are dropped: `loss_aware`'s own, else those of `input_aware`.
+    """
+    found = {}
+    for name, weight in weights.items():
+        known, kind = statistics[name], "loss_aware" if objective == "loss_aware" else "input_aware"
+        factors = solver(kind, known, options=_PLAIN)(name, weight, min(weight.shape)).factors
+        # What direction i adds to W' X, as u_i v_i X: in the metric of G.
+        outer = ((known.outer[name] @ factors.u) * factors.u).sum(0)
+        inner = ((factors.v @ known.gram) * factors.v).sum(1)
+        found[name] = (outer * inner).clamp_min(0) / (2 * known.token_count**2)
+    return found
+
+
+def profile(inputs: Activations, outputs: Activations, *, device: torch.device) -> dict[str, Tensor]:
+    """Return `cosine`, the mean over tokens of cos(input, output), and `singular` values of the outputs."""
+    gram, total, tokens = Gram(outputs.shape[2], device=device), 0.0, 0
+    for before, after in zip(inputs.batches(1), outputs.batches(1), strict=True):
+        x, y = before.to(device).float(), after.to(device).float()
+        gram.add(y)
+        total += float(F.cosine_similarity(x, y, dim=-1).sum(dtype=torch.float64))
+        tokens += x.shape[0] * x.shape[1]
+    values = torch.linalg.eigvalsh(gram.matrix()).flip(0).clamp_min(0)
+    return {"cosine": torch.tensor([total / tokens], dtype=torch.float64), "singular": values.sqrt()}
+
+
+def sensitivity(
+    blocks: Sequence[Callable[[], nn.Module]],
+    arguments: Sequence[Mapping[str, Any]],
+    trials: Mapping[str, Sequence[Tensor]],
+    *,
+    hidden: Tensor,
+    loss: Callable[[Tensor], float],
+) -> dict[str, Tensor]:
+    """Return the perplexity of the model with each linear of a block replaced in turn.
+
+    Later blocks are loaded one at a time, and all trials go through each before the next is loaded.
+
+    Args:
+        blocks: Load the block and all that follow it.
+        arguments: Their keyword arguments.
+        trials: By linear, the weights that are tried, (m, n) each.
+        hidden: Inputs of the block, (sequences, tokens, width).
+        loss: The mean loss per token as a function of what leaves the last block.
+    """
+    names = [(name, number) for name, some in trials.items() for number in range(len(some))]
+    # Not inference mode: the weights that are tried are ordinary tensors.
+    with torch.no_grad():
+        block = blocks[0]()
+        states = []
+        for name, number in names:
+            module = block.get_submodule(name)
+            assert isinstance(module, nn.Linear)
+            dense = module.weight.data
+            module.weight.data = trials[name][number].to(dense)
+            states.append(_through(block, hidden, arguments[0]))
+            module.weight.data = dense
+        for load, own in zip(blocks[1:], arguments[1:], strict=True):
+            block = load()
+            states = [_through(block, state, own) for state in states]
+        values = {name: float(torch.tensor(loss(s)).exp()) for name, s in zip(names, states, strict=True)}
+    return {
+        name: torch.tensor([values[name, number] for number in range(len(some))], dtype=torch.float64)
+        for name, some in trials.items()
+    }
+
+
+def _through(block: nn.Module, hidden: Tensor, arguments: Mapping[str, Any]) -> Tensor:
+    """Run a block on sequences one at a time; what waits is kept on the host."""
+    parameter = next(block.parameters())
+    return torch.cat(
+        [
+            block(row.to(parameter.device, parameter.dtype), **arguments).cpu()
+            for row in torch.split(hidden, 1)
+        ]
+    )

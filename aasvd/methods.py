@@ -1,0 +1,65 @@
+"""The pieces that a compression method is composed of, and what each of them needs; imports nothing heavy.
+
+A method is a layer objective, an allocation of ranks, a refinement and a post-step: a named set of
+parameters in params.yaml. A new objective is one line here and one function in `aasvd.objectives`, a new
+allocation one line here and one function in `aasvd.allocation`. The rules of the workflow make what the
+pieces of a run need, and nothing else.
+
+What there is to need, per block:
+
+    shifted       X'X'ᵀ from passes of the partly compressed block: blocks then follow one another
+    cross         XX'ᵀ, from passes of both blocks
+    gradients     of the dense model's loss: one backward pass over the calibration sequences, for all runs
+    buckets       the covariance of averaged calibration sequences: one more pass of the original blocks
+    spectra, influence, profile, sensitivity    see `aasvd.measures`
+
+The covariances of the original inputs are always there: capturing the original activations makes them.
+"""
+
+from typing import NamedTuple
+
+
+class Piece(NamedTuple):
+    """One objective or allocation.
+
+    Attributes:
+        needs: Statistics beyond the original covariances.
+        options: Keys of `compression` in params.yaml that only such pieces read.
+    """
+
+    needs: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
+
+
+# Measures that are made from gradients.
+DIFFERENTIATED = ("influence", "relative_gradients")
+
+OBJECTIVES = {
+    "input_agnostic": Piece(),
+    "input_aware": Piece(),
+    "shift_aware": Piece(("shifted",)),
+    "anchored": Piece(("shifted", "cross")),
+    "blended": Piece(("shifted", "cross"), ("blend",)),
+    "saes": Piece(("shifted", "cross")),
+    "asvd": Piece(),
+    "lorap": Piece(),
+    "fwsvd": Piece(("gradients",)),
+    "dipsvd_paper": Piece(),
+    "dipsvd_code": Piece(),
+    "adasvd": Piece(("buckets",), ("buckets",)),
+    "loss_aware": Piece(("gradients",)),
+}
+
+ALLOCATIONS = {
+    "uniform": Piece(),
+    "file": Piece((), ("ranks_file",)),
+    "lorap": Piece(),
+    "strs": Piece(("sensitivity",), ("probe",)),
+    "svdllm_v2": Piece(("spectra",)),
+    "effective_rank": Piece(("spectra",)),
+    "swift": Piece(("spectra", "profile")),
+    "adasvd": Piece(("profile",)),
+    "dipsvd": Piece(("profile", "relative_gradients")),
+    "dipsvd_inverted": Piece(("profile", "relative_gradients")),
+    "optimal": Piece(("influence",)),
+}

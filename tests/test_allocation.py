@@ -1,0 +1,333 @@
+import itertools
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from aasvd import methods
+from aasvd.allocation import (
+    CANDIDATES,
+    RANKS,
+    SHARES,
+    Layer,
+    Problem,
+    allocate,
+    largest_rank,
+    round_shares,
+    spread,
+)
+from aasvd.rank import stored_parameters
+
+# A Llama block of width 96 with two key-value heads for six query heads.
+SHAPES = {
+    "self_attn.q_proj": (96, 96),
+    "self_attn.k_proj": (32, 96),
+    "self_attn.v_proj": (32, 96),
+    "self_attn.o_proj": (96, 96),
+    "mlp.gate_proj": (256, 96),
+    "mlp.up_proj": (256, 96),
+    "mlp.down_proj": (96, 256),
+}
+BLOCKS = 6
+COMPRESSION: dict[str, Any] = {"ranks_file": "", "storage": "factors"}
+LAYERS = [Layer(block, name, shape) for block in range(BLOCKS) for name, shape in SHAPES.items()]
+FROM_MEASURES = [name for name in methods.ALLOCATIONS if name != "file"]
+
+
+def made_up() -> dict[str, list[dict[str, Tensor]]]:
+    """Return every measure of a model whose later blocks and o_proj matter more."""
+    chance = torch.Generator().manual_seed(0)
+    found: dict[str, list[dict[str, Tensor]]] = {
+        name: [] for name in ("spectra", "influence", "sensitivity", "relative_gradients", "profile")
+    }
+    for block in range(BLOCKS):
+        scales = {
+            name: (1 + block) * float(torch.rand((), generator=chance) + (name[10:] == "o_proj"))
+            for name in SHAPES
+        }
+        spectra = {
+            name: scales[name] * 1e3 * torch.exp(-torch.arange(min(shape)) / 15).double()
+            for name, shape in SHAPES.items()
+        }
+        found["spectra"].append(spectra)
+        found["influence"].append(
+            {name: s * torch.rand(len(s), generator=chance).double() for name, s in spectra.items()}
+        )
+        found["sensitivity"].append(
+            {name: 20 + scales[name] * (1 - torch.tensor(CANDIDATES).double()) for name in SHAPES}
+        )
+        found["relative_gradients"].append({name: torch.tensor([scales[name]]).double() for name in SHAPES})
+        singular = torch.exp(-torch.arange(96) / (10 + 5 * block)).double()
+        found["profile"].append({"cosine": torch.tensor([0.6 + 0.05 * block]).double(), "singular": singular})
+    return found
+
+
+MEASURES = made_up()
+
+
+def problem(ratio: float, **measures: list[dict[str, Tensor]]) -> Problem:
+    return Problem(LAYERS, ratio, {**MEASURES, **measures}, COMPRESSION)
+
+
+def kept(ranks: list[int | None]) -> float:
+    return problem(0.5).stored(ranks) / sum(layer.size for layer in LAYERS)
+
+
+def mean_share(ranks: list[int | None], chosen: Any) -> float:
+    """Return the share of their parameters that some of the linears keep."""
+    pairs = [(layer, rank) for layer, rank in zip(LAYERS, ranks, strict=True) if chosen(layer)]
+    return sum(stored_parameters(*layer.shape, rank, storage="factors") for layer, rank in pairs) / sum(
+        layer.size for layer, _ in pairs
+    )
+
+
+def test_registries_agree() -> None:
+    assert set(SHARES) | set(RANKS) == set(methods.ALLOCATIONS)
+
+
+@pytest.mark.parametrize("name", FROM_MEASURES)
+@pytest.mark.parametrize("ratio", [0.2, 0.4, 0.6, 0.8, 0.95])
+def test_budget_is_met_and_ranks_are_possible(name: str, ratio: float) -> None:
+    ranks = allocate(name, problem(ratio)).ranks
+    assert kept(ranks) <= ratio
+    # One rank of a linear that has the smallest cost per rank is 128 of 608,256 parameters.
+    assert kept(ranks) > ratio * (1 - 1e-3) or (ratio == 0.2 and kept(ranks) > ratio - 2.2e-4)
+    for layer, rank in zip(LAYERS, ranks, strict=True):
+        if rank is not None:
+            assert 1 <= rank <= min(layer.shape)
+            assert (
+                stored_parameters(*layer.shape, rank, storage="factors") < layer.size
+            )  # else it stays dense
+
+
+@pytest.mark.parametrize("name", FROM_MEASURES)
+def test_a_larger_ratio_keeps_more(name: str) -> None:
+    shares = [kept(allocate(name, problem(ratio)).ranks) for ratio in (0.3, 0.45, 0.6, 0.75, 0.9)]
+    assert shares == sorted(shares)
+
+
+@pytest.mark.parametrize("name", ["uniform", "lorap", "effective_rank"])
+def test_no_linear_shrinks_where_the_ratio_grows(name: str) -> None:
+    """Where the shares are in fixed proportions; rounding may take one rank away."""
+    before = [0] * len(LAYERS)
+    for ratio in (0.3, 0.45, 0.6, 0.75, 0.9):
+        ranks = allocate(name, problem(ratio)).ranks
+        numbers = [
+            min(layer.shape) if rank is None else rank for layer, rank in zip(LAYERS, ranks, strict=True)
+        ]
+        assert all(now >= then - 1 for now, then in zip(numbers, before, strict=True))
+        before = numbers
+
+
+def test_predicted_loss_of_optimal_falls_with_the_ratio() -> None:
+    losses = [allocate("optimal", problem(r)).notes["predicted_loss"] for r in (0.2, 0.4, 0.6, 0.8)]
+    assert losses == sorted(losses, reverse=True)
+
+
+def test_uniform_is_the_papers_floor_or_some_ranks_more() -> None:
+    for ratio in (0.4, 0.6, 0.8):
+        for layer, rank in zip(LAYERS, allocate("uniform", problem(ratio)).ranks, strict=True):
+            floor = math.floor(ratio * layer.size / sum(layer.shape) + 1e-9)
+            assert rank in (floor, floor + 1)
+
+
+# Optimal
+
+
+def loss_of(ranks: tuple[int | None, ...] | list[int | None], layers: list[Layer], gains: Any) -> float:
+    return sum(
+        0.0 if rank is None else float(gains[layer.block][layer.name][rank:].sum())
+        for layer, rank in zip(layers, ranks, strict=True)
+    )
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_optimal_is_the_best_of_all_ranks(seed: int) -> None:
+    """Against all combinations of ranks and dense of four small linears, at several budgets."""
+    chance = torch.Generator().manual_seed(seed)
+    shapes = [(6, 9), (9, 6), (8, 8), (4, 12)]
+    layers = [Layer(0, str(number), shape) for number, shape in enumerate(shapes)]
+    gains = [
+        {
+            str(number): torch.rand(min(shape), generator=chance).double() * 10 ** float(number % 3 - 1)
+            for number, shape in enumerate(shapes)
+        }
+    ]
+    for ratio, storage in itertools.product((0.4, 0.6, 0.8, 0.9), ("factors", "pivoted")):
+        asked = Problem(layers, ratio, {"influence": gains}, {"storage": storage})
+        choices = [[*range(1, largest_rank(asked, layer) + 1), None] for layer in layers]
+        found = allocate("optimal", asked)
+        assert asked.stored(found.ranks) <= asked.budget
+        best = min(
+            loss_of(ranks, layers, gains)
+            for ranks in itertools.product(*choices)
+            if asked.stored(ranks) <= asked.budget
+        )
+        assert found.notes["exact"]
+        assert loss_of(found.ranks, layers, gains) == pytest.approx(best, abs=1e-12)
+        assert found.notes["predicted_loss"] == pytest.approx(best, abs=1e-12)
+
+
+@pytest.mark.parametrize("ratio", [0.4, 0.6, 0.8])
+def test_no_other_allocation_loses_less_than_optimal(ratio: float) -> None:
+    best = loss_of(allocate("optimal", problem(ratio)).ranks, LAYERS, MEASURES["influence"])
+    for name in FROM_MEASURES:
+        other = loss_of(allocate(name, problem(ratio)).ranks, LAYERS, MEASURES["influence"])
+        assert other >= best - 1e-9, name
+        assert other > 1.02 * best or name == "optimal", name
+
+
+def test_optimal_keeps_dense_what_is_worth_it() -> None:
+    influence = [dict(block) for block in MEASURES["influence"]]
+    influence[2]["mlp.down_proj"] = torch.full((96,), 1e6, dtype=torch.float64)
+    ranks = allocate("optimal", problem(0.5, influence=influence)).ranks
+    assert ranks[LAYERS.index(Layer(2, "mlp.down_proj", (96, 256)))] is None
+
+
+# The rules of the papers
+
+
+def test_lorap_keeps_three_times_as_much_of_v_and_o() -> None:
+    ranks = allocate("lorap", problem(0.5)).ranks
+    high = mean_share(ranks, lambda layer: layer.name[10:] in ("v_proj", "o_proj"))
+    low = mean_share(ranks, lambda layer: layer.name[10:] in ("q_proj", "k_proj"))
+    assert high == pytest.approx(0.75, abs=0.02) and low == pytest.approx(0.25, abs=0.02)
+    assert mean_share(ranks, lambda layer: layer.name.startswith("mlp")) == pytest.approx(0.5, abs=0.01)
+    # As in the paper: where v and o would be more than whole, they stay dense and q and k get the rest.
+    ranks = allocate("lorap", problem(0.8)).ranks
+    for layer, rank in zip(LAYERS, ranks, strict=True):
+        assert (rank is None) == (layer.name[10:] in ("v_proj", "o_proj"))
+    low = mean_share(ranks, lambda layer: layer.name[10:] in ("q_proj", "k_proj"))
+    assert low == pytest.approx(0.6, abs=0.02)
+
+
+def test_lorap_needs_separate_attention_linears() -> None:
+    layers = [Layer(0, "attention.query_key_value", (96, 32))]
+    with pytest.raises(ValueError, match="LoRAP's split needs q, k, v and o"):
+        allocate("lorap", Problem(layers, 0.5, {}, COMPRESSION))
+
+
+def test_strs_cuts_through_the_trials() -> None:
+    """The most sensitive linears stay dense, and every share below is one of the candidates, scaled alike."""
+    allocation = allocate("strs", problem(0.7))
+    sensitivity = [float(MEASURES["sensitivity"][layer.block][layer.name][0]) for layer in LAYERS]
+    order = np.argsort(sensitivity)
+    shares = np.array(allocation.notes["shares"])
+    assert shares[order[0]] < shares[order[-1]]
+    # Perplexity falls with the ratio, so the cut keeps more of what is more sensitive at every ratio.
+    assert (np.diff(shares[order]) >= -1e-9).all()
+    scaled = shares[shares < 1 - 1e-9]
+    first = scaled.min()
+    steps = [c / CANDIDATES[0] for c in CANDIDATES]
+    assert all(min(abs(share / first - step) for step in steps) < 1e-6 for share in scaled)
+
+
+def test_v2_removes_less_of_what_loses_more_and_each_type_keeps_the_ratio() -> None:
+    shares = allocate("svdllm_v2", problem(0.6)).notes["shares"]
+    for name, shape in SHAPES.items():
+        own = [share for layer, share in zip(LAYERS, shares, strict=True) if layer.name == name]
+        rank = math.floor(0.6 * shape[0] * shape[1] / sum(shape) + 1e-9)
+        losses = [math.sqrt(float(block[name][rank:].sum())) for block in MEASURES["spectra"]]
+        assert np.argsort(own).tolist() == np.argsort(losses).tolist()
+        assert np.mean(own) == pytest.approx(0.6)
+        scores = np.array([1 / math.log1p(loss) for loss in losses])
+        assert own == pytest.approx(1 - 0.4 * len(own) * scores / scores.sum())
+
+
+def test_adasvd_is_its_formula() -> None:
+    similarity = np.array([float(block["cosine"]) for block in MEASURES["profile"]])
+    expected = 0.48 + similarity / similarity.mean() * (0.6 - 0.48)
+    shares = allocate("adasvd", problem(0.6)).notes["shares"]
+    assert [share for layer, share in zip(LAYERS, shares, strict=True) if "down" in layer.name] == (
+        pytest.approx(expected)
+    )
+
+
+def test_dipsvd_and_its_code_pull_in_opposite_directions() -> None:
+    right, inverted = (allocate(name, problem(0.6)).notes["shares"] for name in ("dipsvd", "dipsvd_inverted"))
+    # Later blocks are more sensitive and of higher rank.
+    assert right[-1] > right[0] and inverted[-1] < inverted[0]
+    for shares in (right, inverted):
+        assert all(0.3 - 1e-9 <= share <= 0.98 + 1e-9 for share in shares)
+
+
+def test_swift_gives_influential_blocks_more_and_everyone_half() -> None:
+    shares = allocate("swift", problem(0.6)).notes["shares"]
+    assert min(shares) >= 0.3
+    # The first block turns its input most, and has the smallest norms: a rank of both.
+    equal = [
+        {**block, "self_attn.q_proj": MEASURES["spectra"][0]["self_attn.q_proj"]}
+        for block in MEASURES["spectra"]
+    ]
+    shares = allocate("swift", problem(0.6, spectra=equal)).notes["shares"]
+    own = [share for layer, share in zip(LAYERS, shares, strict=True) if "q_proj" in layer.name]
+    assert own == sorted(own, reverse=True) and own[0] > own[-1]
+
+
+def test_effective_rank_follows_the_entropy() -> None:
+    flat = [dict(block) for block in MEASURES["spectra"]]
+    flat[3]["mlp.up_proj"] = torch.ones(96, dtype=torch.float64)
+    shares = allocate("effective_rank", problem(0.5, spectra=flat)).notes["shares"]
+    assert max(shares) == shares[LAYERS.index(Layer(3, "mlp.up_proj", (256, 96)))]
+
+
+# Ranks from a file
+
+
+def test_ranks_come_from_a_file(tmp_path: Path) -> None:
+    expected = allocate("optimal", problem(0.6)).ranks
+    names = [f"{layer.block}.{layer.name}" for layer in LAYERS]
+    for content in (
+        {"ranks": dict(zip(names, expected, strict=True))},
+        dict(zip(names, expected, strict=True)),
+    ):
+        (tmp_path / "ranks.json").write_text(json.dumps(content))
+        asked = problem(0.6)._replace(compression={**COMPRESSION, "ranks_file": str(tmp_path / "ranks.json")})
+        assert allocate("file", asked).ranks == expected
+    with pytest.raises(ValueError, match=r"ranks\.json: its ranks keep 0\.\d+ of the parameters, not 0\.7"):
+        allocate("file", asked._replace(ratio=0.7))
+    for change, message in [
+        ({"0.mlp.up_proj": 97}, r"rank 97 of 0\.mlp\.up_proj: expected 1 to 96, or null"),
+        ({"0.mlp.up_proj": True}, "rank True of"),
+        (
+            {"9.mlp.up_proj": 3},
+            r"all 42 linears, such as '0\.self_attn\.q_proj'; '9\.mlp\.up_proj' is missing or",
+        ),
+    ]:
+        (tmp_path / "ranks.json").write_text(json.dumps(dict(zip(names, expected, strict=True)) | change))
+        with pytest.raises(ValueError, match=message):
+            allocate("file", asked)
+
+
+# Rounding and water-filling
+
+
+def test_rounding_keeps_one_direction_of_everything() -> None:
+    shares = np.full(len(LAYERS), 1e-9)
+    shares[0] = 1.0
+    ranks = round_shares(problem(0.05), shares)
+    assert all(rank is None or rank >= 1 for rank in ranks)
+    assert kept(ranks) <= 0.05
+    with pytest.raises(ValueError, match="below one direction for every linear"):
+        round_shares(problem(0.001), shares)
+
+
+def test_spread_keeps_proportions_within_bounds_and_the_mean() -> None:
+    weights, sizes = np.array([1.0, 2.0, 8.0]), np.array([4.0, 1.0, 3.0])
+    shares = spread(weights, sizes, 0.6)
+    assert shares[2] == 1.0
+    assert shares[1] == pytest.approx(2 * shares[0])
+    assert (shares * sizes).sum() / sizes.sum() == pytest.approx(0.6)
+    assert spread(np.zeros(3), sizes, 0.6) == pytest.approx(0.6)
+    with pytest.raises(ValueError, match=r"a mean of 0\.6 is not possible with shares from 0\.7 to 1"):
+        spread(weights, sizes, 0.6, low=0.7)
+
+
+def test_unknown_allocation_says_which_exist() -> None:
+    with pytest.raises(ValueError, match=r"unknown allocation .best.; there are uniform, .*optimal"):
+        allocate("best", problem(0.6))

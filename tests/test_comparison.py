@@ -1,0 +1,65 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from aasvd import comparison, report
+
+PUBLISHED = json.loads((Path(__file__).parent.parent / "workflow" / "published.json").read_text())
+RESULT: dict[str, Any] = {
+    "ratio": {"target": 0.6, "achieved": 0.5995},
+    "parameters": {"dense": 200, "compressed": 150},
+    "perplexity": {"a_b": {"dense": 20.0, "compressed": 50.0}},
+    "accuracy": {"piqa": {"dense": 0.6, "compressed": 0.5}, "sciq": {"dense": 0.8, "compressed": 0.55}},
+    "seconds": {"solve": 3.0, "capture": 4.0, "perplexity": 100.0, "accuracy piqa": 100.0},
+    "peak_memory_mb": 123.0,
+}
+
+
+def rows() -> list[comparison.Row]:
+    return [
+        comparison.dense_row(RESULT),
+        comparison.run_row(RESULT, method="ours & theirs", variant="refine"),
+    ]
+
+
+def test_a_row_is_what_the_run_measured() -> None:
+    dense, run = rows()
+    assert run["kept_linears"] == 0.5995 and run["kept_model"] == 0.75 and run["seconds"] == 7.0
+    assert run["perplexity a_b"] == 50.0 and dense["perplexity a_b"] == 20.0
+    assert run["accuracy average"] == pytest.approx(0.525)
+    assert run["drop"] == pytest.approx(1 - 0.525 / 0.7)
+
+
+def test_reported_numbers_are_marked_and_have_known_sources() -> None:
+    found = comparison.reported_rows(PUBLISHED, [0.8, 0.4])
+    assert {row["ratio"] for row in found} == {1.0, 0.8, 0.4}
+    assert all(row["source"].startswith("reported: ") for row in found)
+    (ours,) = [row for row in found if row["method"] == "AA-SVD" and row["ratio"] == 0.8]
+    assert (ours["perplexity wikitext2"], ours["perplexity ptb"], ours["perplexity c4"]) == (
+        6.89,
+        12.3,
+        12.04,
+    )
+    assert all(entry["source"] in PUBLISHED["sources"] for entry in PUBLISHED["rows"])
+
+
+def test_all_formats_hold_the_rows(tmp_path: Path) -> None:
+    tables = {"Measured": rows(), "Reported": comparison.reported_rows(PUBLISHED, [0.6])}
+    report.write_curves(rows(), output=tmp_path / "x.svg", title="t")
+    files = {name: tmp_path / f"x.{name}" for name in ("page", "markdown", "latex", "parquet")}
+    comparison.write(tables, notes=["a <note>"], figure=tmp_path / "x.svg", **files)
+    table = pq.read_table(files["parquet"]).to_pylist()
+    assert len(table) == sum(map(len, tables.values()))
+    assert table[1]["perplexity a_b"] == 50.0 and table[1]["drop"] == pytest.approx(0.25)
+    page = files["page"].read_text()
+    assert "ours &amp; theirs" in page and "a &lt;note&gt;" in page and "<svg" in page
+    assert "<?xml" not in page
+    latex = files["latex"].read_text()
+    assert r"ours \& theirs" in latex and r"perplexity a\_b" in latex and "52.5 \\%" in latex
+    assert "| ours & theirs | refine |" in files["markdown"].read_text()
+    first = (tmp_path / "x.svg").read_bytes()
+    report.write_curves(rows(), output=tmp_path / "x.svg", title="t")
+    assert (tmp_path / "x.svg").read_bytes() == first
