@@ -123,7 +123,7 @@ def depth(
             right.axvline(dense, color="0.4", linestyle=":", label=f"dense {dense:.4g}")
             right.legend(loc="best")
         right.set_yticks(range(len(shown)), [label for _, label in shown])
-        right.set_ylim(len(shown) - 0.5, -0.5)
+        right.set_ylim(max(len(shown), 1) - 0.5, -0.5)
         _log_axis_of_few_values(right, [*(perplexity[label] for _, label in shown), dense])
         right.set_xlabel(f"perplexity per token on {text}")
         right.set_title("of the whole model", fontsize=10)
