@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import parametrize
 
+from aasvd.fusion import unfuse
 from aasvd.lowrank import LowRankLinear
 
 _WARM_UP = 0.1  # share of the steps with a rising learning rate, at most the paper's 100 steps
@@ -80,6 +81,8 @@ def adapt(
     if not layers:
         raise ValueError("the post-step updates factors u and v, and no linear is stored as such")
     model.requires_grad_(False)
+    # While it is trained, a factor is a function of parameters, not one itself.
+    unfuse(model)
     per_round = recipe.epochs * math.ceil(len(tokens) / recipe.batch)
     traces = {}
     for number, factor in enumerate(("u", "v")):

@@ -155,12 +155,14 @@ def parse_run(config: Config, name: str) -> Run:
         raise ValueError(
             f"run {name!r}: ratio {match['ratio']} must lie between 0 and 1; it is the share kept"
         )
-    first, second = [*match["parts"].split("_")[1:], "", ""][:2]
-    is_method = first in config["methods"]
-    known = {"": {}, **config["variants"]}
-    overrides = [choose(part, known, "method or variant") for part in ([] if is_method else [first])]
-    overrides.append(choose(second, known, "variant"))
-    settings = _settings(config, [first] * is_method, overrides)
+    parts = match["parts"].split("_")[1:]
+    method = [part for part in parts[:1] if part in config["methods"]]
+    variants = parts[len(method) :]
+    known = config["variants"] if method else {**config["methods"], **config["variants"]}
+    for part in variants[:1]:
+        choose(part, known, "variant" if method else "method or variant")
+    overrides = [choose(part, config["variants"], "variant") for part in variants]
+    settings = _settings(config, method, overrides)
     if settings["compression"]["storage"] == "remapped" and settings["compression"]["precision"] == "int8":
         raise ValueError(
             f"run {name!r}: compression.precision int8 does not go with compression.storage remapped, "

@@ -1143,6 +1143,7 @@ def publish(
             "model": run.model,
             "method": run.settings["compression"]["method"],
             "objective": run.settings["compression"]["objective"],
+            "allocation": run.settings["compression"]["allocation"],
             "storage": run.settings["compression"]["storage"],
             "precision": run.settings["compression"]["precision"],
             "refined": run.settings["refinement"]["epochs"] > 0,

@@ -31,6 +31,7 @@ def finished_copy(tmp_path_factory: pytest.TempPathFactory) -> Copy:
     """A finished and committed run of the name `default`, with a few variants in params.yaml."""
     copy = workflow_copy.create(tmp_path_factory.mktemp("paper") / "finished", runs=["default"])
     settings = copy.params()
+    settings["comparison"]["variants"] = ["norefine"]
     settings["variants"] = {
         "norefine": {"refinement": {"epochs": 0}},
         "few": {"calibration": {"sequences": 4}},
@@ -56,7 +57,8 @@ def test_a_finished_block_is_one_line_and_the_status_file_says_finished(finished
     assert len(lines) == BLOCKS
     for number, line in enumerate(lines, start=1):
         numbers = r"[\d.e-]+"
-        assert re.fullmatch(
+        # Snakemake writes to the other stream at any time, even before this line has ended.
+        assert re.match(
             rf"block {number} of {BLOCKS}: relative errors (\w+_proj \d\.\d+ ){{6}}\w+_proj \d\.\d+; "
             rf"distortion mse {numbers} → {numbers}, cosine {numbers} → {numbers}; {numbers} s, \d+ MB; "
             rf"about {numbers} min left for the other blocks",
@@ -224,5 +226,5 @@ def test_dvc_compares_two_committed_experiments(another: Copy) -> None:
     for command in (["show"], ["diff", "HEAD~1"]):
         another.must("dvc", "plots", *command, "--out", "plots")
         page = another.path("plots/index.html").read_text()
-        assert "blocks.json" in page and "cosine" in page
+        assert "blocks_json" in page and "cosine" in page
         assert list(another.path("plots").rglob("*.svg")), "the distortion figure"

@@ -235,7 +235,7 @@ def test_a_run_has_the_model_ratio_and_merged_settings_of_its_name(config: Confi
     run = params.parse_run(config, "llama2-7b_r0.8_paper")
     assert (run.name, run.model, run.ratio) == ("llama2-7b_r0.8_paper", "llama2-7b", 0.8)
     assert run.settings["refinement"] == config["refinement"] | config["variants"]["paper"]["refinement"]
-    assert run.settings["compression"] == config["compression"]
+    assert run.settings["compression"] == config["compression"] | config["variants"]["paper"]["compression"]
     run.settings["evaluation"]["texts"].append("c4")
     assert config == before  # a run's settings are its own
 
@@ -296,14 +296,13 @@ ORIGINAL = COMPRESSED | {"calibration", "original"}
         ("calibration", "keep_activations", False, set()),
         ("compression", "objective", "anchored", COMPRESSED),
         ("compression", "ridge", 0.1, COMPRESSED),
-        ("compression", "storage", "pivoted", COMPRESSED),
+        ("compression", "storage", "factors", COMPRESSED),
         ("compression", "precision", "int8", COMPRESSED),
         ("compression", "blend", 0.1, set()),
         ("compression", "buckets", 7, set()),
         ("compression", "probe", 7, set()),
         ("compression", "ranks_file", "nowhere", set()),
         ("compression", "allocation", "optimal", COMPRESSED),
-        ("post", "epochs", 3, COMPRESSED),
         ("post", "rank", 3, set()),
         ("refinement", "epochs", 3, COMPRESSED),
         ("refinement", "batch", 3, COMPRESSED),
@@ -327,7 +326,8 @@ def test_a_setting_moves_exactly_what_it_determines(
 
 def test_a_method_is_composed_of_overrides(config: Config) -> None:
     run = params.parse_run(config, "llama7b_r0.6_saes-svd")
-    assert run.settings["compression"] == config["compression"] | {"method": "saes-svd", "objective": "saes"}
+    own = {"objective": "saes", "allocation": "uniform", "storage": "factors"}
+    assert run.settings["compression"] == config["compression"] | {"method": "saes-svd"} | own
     assert run.settings["refinement"]["epochs"] == 0
     refined = params.parse_run(config, "llama7b_r0.6_saes-svd_refine")
     assert refined.settings["compression"] == run.settings["compression"]
@@ -349,14 +349,16 @@ def test_every_shipped_method_makes_a_run(config: Config) -> None:
 
 
 def test_methods_that_do_the_same_share_their_artifacts(local: Config) -> None:
-    same = [where(paths(local, f"mine_r0.6_{name}")) for name in ("drone", "svd-llm-w", "aasvd_norefine")]
+    plain = {"compression": {"storage": "factors"}, "refinement": {"epochs": 0}}
+    local["variants"]["plain"] = plain
+    same = [where(paths(local, f"mine_r0.6_{name}")) for name in ("drone", "svd-llm-w", "aasvd_plain")]
     assert same[0] == same[1] == same[2]
 
 
 def test_only_shifted_or_refined_blocks_are_passed_through(config: Config) -> None:
     for name, expected in {
         "svd-llm-w": ["solve"],
-        "loss-aware": ["solve"],
+        "loss-aware_norefine": ["solve"],
         "dobi-svd": ["solve", "propagate"],
         "svd_refine": ["solve", "refine", "propagate"],
         "anchored_norefine": ["solve", "propagate"],
@@ -375,6 +377,11 @@ def test_ranks_of_a_file_count_by_its_content(local: Config, tmp_path: Path) -> 
 
 
 def test_a_post_step_has_a_checkpoint_of_its_own(local: Config) -> None:
+    local["compression"]["storage"] = "factors"
+    before = paths(local).compressed
+    local["post"]["epochs"] = 3
+    assert paths(local).compressed != before
+    local["post"]["epochs"] = 0
     assert paths(local, "mine_r0.6_svd-llm").checkpoint.name == "adapted"
     assert paths(local, "mine_r0.6_svd-llm-w").checkpoint.name == "model"
 

@@ -28,7 +28,7 @@ SETTINGS: dict[str, Any] = {
     "models": {"tiny": {"path": "inputs/tiny.gguf", "dtype": "float32"}},
     "texts": {"made-up": {"path": "inputs/text"}},
     "calibration": {"text": "made-up", "sequences": 6, "tokens": 32, "dtype": "float32", "batch": 4},
-    "refinement": {"epochs": 2, "batch": 2},
+    "refinement": {"epochs": 2, "steps": 0, "batch": 2},
     "evaluation": {"texts": ["made-up"], "window": 32, "windows": 6, "tasks": ["piqa"], "limit": 4},
 }
 

@@ -37,26 +37,6 @@ def checked(function, *args, **kwargs):
         raise WorkflowError(str(error)) from None
 
 
-class Stages:
-    """The stages, imported when the first one runs: torch and transformers take seconds."""
-
-    def __init__(self, status_files):
-        self.status_files = status_files
-
-    def __getattr__(self, name):
-        def run(**arguments):
-            stage = getattr(importlib.import_module("aasvd.stages"), name)
-            with importlib.import_module("aasvd.progress").watched_by(self.status_files):
-                checked(stage, **arguments)
-
-        return run
-
-
-def stages(wildcards):
-    """The functions of aasvd.stages; the traceback of an error is in the stage's log."""
-    return Stages(status_files(wildcards))
-
-
 checked(params.validate, config)
 # A mistyped run is found here, in one line, rather than deep inside the graph. Snakemake tells a Snakefile no targets.
 for run in params.named_runs(sys.argv[1:]):

@@ -51,3 +51,23 @@ def works_for(run, wildcards):
     return all(wildcards[name] == own[name] for name in own if name in wildcards.keys()) and (
         "subject" not in wildcards.keys() or wildcards.subject in (subject, f"dense/{paths.model.name}")
     )
+
+
+class Stages:
+    """The stages, imported when the first one runs: torch and transformers take seconds."""
+
+    def __init__(self, status_files):
+        self.status_files = status_files
+
+    def __getattr__(self, name):
+        def run(**arguments):
+            stage = getattr(importlib.import_module("aasvd.stages"), name)
+            with importlib.import_module("aasvd.progress").watched_by(self.status_files):
+                checked(stage, **arguments)
+
+        return run
+
+
+def stages(wildcards):
+    """The functions of aasvd.stages; the traceback of an error is in the stage's log."""
+    return Stages(status_files(wildcards))
