@@ -6,6 +6,7 @@ type, so that small updates are not lost and the loss is that of the weights as 
 """
 
 import copy
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -193,9 +194,10 @@ def distortion(
     arguments: Mapping[str, Any],
     batch: int,
     device: torch.device,
+    batches: int | None = None,
     on_output: Callable[[Tensor], None] = lambda _output: None,
 ) -> dict[str, float]:
-    """Measure how far a block's outputs lie from the original block's, over all sequences.
+    """Measure how far a block's outputs lie from the original block's, over all sequences or some batches.
 
     Args:
         block: A block on `device`.
@@ -204,6 +206,7 @@ def distortion(
         arguments: The block's keyword arguments.
         batch: Sequences per forward pass.
         device: Where the block is.
+        batches: Number of batches to measure on, from the first; all if None.
         on_output: Called with each batch of outputs.
 
     Returns:
@@ -215,7 +218,8 @@ def distortion(
     """
     dtype = next(block.parameters()).dtype
     squared, relative, cosine, tokens = 0.0, 0.0, 0.0, 0
-    for shifted, original in zip(inputs.batches(batch), targets.batches(batch), strict=True):
+    pairs = zip(inputs.batches(batch), targets.batches(batch), strict=True)
+    for shifted, original in itertools.islice(pairs, batches):
         output = block(shifted.to(device, dtype), **arguments)
         if not torch.isfinite(output).all():
             raise ValueError("the block's output is not finite")

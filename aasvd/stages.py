@@ -12,6 +12,7 @@ import hashlib
 import importlib.metadata
 import json
 import logging
+import math
 import os
 import platform
 import resource
@@ -699,6 +700,10 @@ def solve_block(
         write_tensors(Path(output), solution.tensors)
 
 
+# Sequences on which refinement compares a block with what it was.
+_MEASURED = 32
+
+
 def refine_block(
     *,
     source: str,
@@ -725,7 +730,9 @@ def refine_block(
             "device": around.device,
         }
         solved_block = around.compressed(factors, around.dtype)
-        measured["before"] = refine.distortion(solved_block, **streams, batch=around.batch)
+        # On some sequences: a pass over all of them would take as long as many steps.
+        some: dict[str, Any] = {"batch": around.batch, "batches": math.ceil(_MEASURED / around.batch)}
+        measured["before"] = refine.distortion(solved_block, **streams, **some)
         block = around.compressed(factors, torch.float32)
         visits = refinement["epochs"] * len(x)
         if refinement["steps"]:
@@ -746,9 +753,7 @@ def refine_block(
                 generator=torch.Generator().manual_seed(seed * 1_000_003 + index),
                 on_step=on_step,
             )
-        measured["refined"] = refine.distortion(
-            copy.deepcopy(block).to(around.dtype), **streams, batch=around.batch
-        )
+        measured["refined"] = refine.distortion(copy.deepcopy(block).to(around.dtype), **streams, **some)
         kind = refinement["loss"]
         if measured["refined"][kind] >= measured["before"][kind]:
             # Too few steps for the learning rate: better the start than a block that training made worse.
