@@ -23,7 +23,8 @@ import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from aasvd import evaluate, params, stages
+from aasvd import evaluate, params
+from aasvd.device import compute_dtype
 
 REPOSITORY = Path(__file__).parent.parent
 PEER = REPOSITORY.parent / "shared" / "data" / "peer"
@@ -217,7 +218,7 @@ def perplexity_share(repository_config: Mapping[str, Any]) -> float:
     with workspace() as folder:
         source = params.model_folder(repository_config, "smollm2-135m") / "source.json"
         run_workflow(folder, repository_config, [str(source)])
-    dtype = stages.compute_dtype("auto", torch.device("cpu"))
+    dtype = compute_dtype("auto", torch.device("cpu"))
     return forward_share(REPOSITORY / source.parent / "dense", dtype=dtype)
 
 

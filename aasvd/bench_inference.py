@@ -12,7 +12,6 @@ import argparse
 import contextlib
 import json
 import math
-import os
 import statistics
 import sys
 import time
@@ -25,11 +24,12 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
 
 from aasvd.artifacts import replacing
+from aasvd.device import compute_device, process_memory, reset_peak_memory
 from aasvd.formats import FORMATS, replace_linears
 from aasvd.fusion import fuse
 from aasvd.lowrank import CompressedLinear
 from aasvd.rank import uniform_rank
-from aasvd.stages import compute_device, versions
+from aasvd.stages import versions
 
 RATIOS = (0.8, 0.6, 0.4)
 _LLAMA7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32}
@@ -297,23 +297,16 @@ def _now(device: torch.device) -> float:
 @contextlib.contextmanager
 def _peak(device: torch.device) -> Iterator[Callable[[], float]]:
     """Yield a function that returns by how many bytes memory in use grew at most; NaN where unknown."""
-    status, clear = Path("/proc/self/status"), Path("/proc/self/clear_refs")
     if device.type != "cpu":
         torch.accelerator.reset_peak_memory_stats(device)
         before = torch.accelerator.memory_allocated(device)
         yield lambda: float(torch.accelerator.max_memory_allocated(device) - before)
-    elif status.exists() and os.access(clear, os.W_OK):
+    elif reset_peak_memory():
         # The weights of all models are resident: what a call adds is its own.
-        clear.write_text("5")
-        before = _status(status, "VmRSS")
-        yield lambda: float(_status(status, "VmHWM") - before)
+        before = process_memory("VmRSS") or 0
+        yield lambda: float((process_memory("VmHWM") or 0) - before)
     else:
         yield lambda: math.nan
-
-
-def _status(path: Path, key: str) -> int:
-    line = next(line for line in path.read_text().splitlines() if line.startswith(key))
-    return int(line.split()[1]) * 1024
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -8,7 +8,7 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from aasvd import params
 from aasvd.artifacts import read_json
+from aasvd.device import compute_device, process_memory
 from aasvd.evaluate import MeasurementError
 
 _BYTES = 2  # of a bfloat16 or float16 number
@@ -154,7 +155,7 @@ def measure(folder: Path, *, context: int, dtype: str) -> dict[str, Any]:
 
 @torch.inference_mode()
 def _run(folder: str, context: int, dtype: torch.dtype) -> dict[str, Any]:
-    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    device = compute_device()
     before = _used(device)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
     vocabulary = model.config.get_text_config().vocab_size
@@ -178,18 +179,18 @@ def _run(folder: str, context: int, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def _used(device: torch.device) -> int:
-    return _status("VmRSS") if device.type == "cpu" else torch.accelerator.memory_allocated()
+    return _process("VmRSS") if device.type == "cpu" else torch.accelerator.memory_allocated()
 
 
 def _peak(device: torch.device) -> int:
-    return _status("VmHWM") if device.type == "cpu" else torch.accelerator.max_memory_allocated()
+    return _process("VmHWM") if device.type == "cpu" else torch.accelerator.max_memory_allocated()
 
 
-def _status(name: str) -> int:
-    lines: Mapping[str, str] = dict(
-        line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line
-    )
-    return int(lines[name].split()[0]) * 1024
+def _process(key: str) -> int:
+    size = process_memory(key)
+    if size is None:
+        raise ValueError("memory on a CPU is measured on Linux only")
+    return size
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ import importlib.metadata
 import json
 import logging
 import math
-import os
 import platform
 import resource
 import shutil
@@ -67,31 +66,13 @@ from aasvd.artifacts import (
     writing_activations,
 )
 from aasvd.covariance import pack, unpack
+from aasvd.device import compute_device, compute_dtype, process_memory, reset_peak_memory
 from aasvd.formats import FORMATS, format_name
 from aasvd.rank import uniform_rank
 from aasvd.weights import stored_tensors
 
 _DISTRIBUTIONS = ("aasvd", "torch", "transformers", "safetensors", "datasets", "lm_eval", "snakemake", "dvc")
 _logger = logging.getLogger(__name__)
-
-
-def compute_device() -> torch.device:
-    """Return the accelerator if there is one, else the CPU."""
-    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-
-
-def compute_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Return the float type of forward passes: what `calibration.dtype` says.
-
-    `auto` is bfloat16 on accelerators and on CPUs with bfloat16 matrix units, where it is several times
-    faster than float32, and float32 elsewhere.
-    """
-    if name != "auto":
-        dtype = getattr(torch, name)
-        assert isinstance(dtype, torch.dtype)
-        return dtype
-    fast = device.type != "cpu" or torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    return torch.bfloat16 if fast else torch.float32
 
 
 class StageError(ValueError):
@@ -166,21 +147,17 @@ _STEPS = "lower refinement.batch in params.yaml"
 
 
 def _reset_peak_memory() -> None:
-    # Linux only, and only so that a record holds its own stage's peak and not that of an earlier one.
-    clear = Path("/proc/self/clear_refs")
-    if os.access(clear, os.W_OK):
-        clear.write_text("5")
+    # Only so that a record holds its own stage's peak and not that of an earlier one.
+    reset_peak_memory()
     if torch.accelerator.is_available():
         torch.accelerator.reset_peak_memory_stats()
 
 
 def _peak_memory_mb() -> float:
-    status = Path("/proc/self/status")
-    if status.exists():
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) / 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if platform.system() == "Darwin" else peak / 1024
+    if (peak := process_memory("VmHWM")) is not None:
+        return peak / 2**20
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return used / 2**20 if platform.system() == "Darwin" else used / 1024
 
 
 def _peak_device_memory_mb() -> float:

@@ -14,6 +14,7 @@ ORDER = [
     "methods",
     "params",
     "artifacts",
+    "device",
     "progress",
     "rank",
     "covariance",

@@ -1,0 +1,43 @@
+"""What passes run on, in which float type, and how much memory the process takes."""
+
+import os
+from pathlib import Path
+
+import torch
+
+
+def compute_device() -> torch.device:
+    """Return the accelerator if there is one, else the CPU."""
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+def compute_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Return the float type of forward passes: what `calibration.dtype` says.
+
+    `auto` is bfloat16 on accelerators and on CPUs with bfloat16 matrix units, where it is several times
+    faster than float32, and float32 elsewhere.
+    """
+    if name != "auto":
+        dtype = getattr(torch, name)
+        assert isinstance(dtype, torch.dtype)
+        return dtype
+    fast = device.type != "cpu" or torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def process_memory(key: str) -> int | None:
+    """Return a size in bytes that Linux keeps of this process (VmRSS, VmHWM); None on other systems."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return None
+    line = next(line for line in status.read_text().splitlines() if line.startswith(key))
+    return int(line.split()[1]) * 1024
+
+
+def reset_peak_memory() -> bool:
+    """Let this process's peak (VmHWM) start anew, and say whether that is possible here: only on Linux."""
+    clear = Path("/proc/self/clear_refs")
+    possible = os.access(clear, os.W_OK)
+    if possible:
+        clear.write_text("5")
+    return possible
