@@ -23,7 +23,7 @@ class Gradients(NamedTuple):
     Attributes:
         squared: Fisher information of each input channel: the mean over sequences of (∂loss/∂W)², summed
             over outputs, (n,) float64.
-        outer: Σ over tokens of g gᵀ with g = ∂loss/∂y, (m, m) float64.
+        outer: Mean over tokens of g gᵀ with g = ∂loss/∂y, (m, m) float64.
         norm: Frobenius norm of ∂loss/∂W, averaged over sequences before the norm is taken.
     """
 
@@ -103,12 +103,14 @@ def block_gradients(
             on_gradient(x.grad)
             for name, weight in weights.items():
                 assert weight.grad is not None, f"{name} does not reach the block's output"
-                gradient = weight.grad.float()
-                squared[name] += gradient.square().sum(0, dtype=torch.float64) / len(inputs)
-                mean[name] += gradient / len(inputs)
+                columns = torch.linalg.vector_norm(weight.grad, dim=0, dtype=torch.float32)
+                squared[name] += columns.double().square() / len(inputs)
+                mean[name].add_(weight.grad, alpha=1 / len(inputs))
                 weight.grad = None
+    tokens = inputs.shape[0] * inputs.shape[1]
     result = {
-        name: Gradients(squared[name], outer[name].matrix(), mean[name].norm().double()) for name in names
+        name: Gradients(squared[name], outer[name].matrix() / tokens, mean[name].norm().double())
+        for name in names
     }
     for name, gradients in result.items():
         if not all(torch.isfinite(part).all() for part in gradients):

@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 
-# Partial solutions kept at one time. Beyond it the search goes on with the best, and says so.
-_STATES = 100_000
+# Partial solutions kept at one time: first few, which finds a solution so good that little is left for the
+# exhaustive search to look at. Beyond the last number it goes on with the best, and says so.
+_STATES = (1_000, 100_000)
 
 
 class Choice(NamedTuple):
@@ -58,12 +59,16 @@ def choose(costs: Sequence[Integers], values: Sequence[Floats], *, budget: int) 
     regrets = [some.max() - some for some in worth]
     bound = float(price * budget + sum(some.max() for some in worth))
     value = float(sum(v[option] for v, option in zip(values, chosen, strict=True)))
-    gap = max(0.0, bound - value)
-    options, exact = _search(costs, regrets, chosen, budget=budget, price=price, gap=gap)
-    found = float(sum(v[option] for v, option in zip(values, options, strict=True)))
-    if found < value:
-        options, found = chosen, value
-    return Choice(options, found, max(bound, found), exact)
+    exact = False
+    for states in _STATES:
+        gap = max(0.0, bound - value)
+        options, exact = _search(costs, regrets, chosen, budget=budget, price=price, gap=gap, states=states)
+        found = float(sum(v[option] for v, option in zip(values, options, strict=True)))
+        if found > value:
+            chosen, value = options, found
+        if exact:
+            break
+    return Choice(chosen, value, max(bound, value), exact)
 
 
 def _hull(cost: Integers, value: Floats) -> list[int]:
@@ -118,6 +123,7 @@ def _search(
     budget: int,
     price: float,
     gap: float,
+    states: int,
 ) -> tuple[list[int], bool]:
     """Search all choices that lose at most `gap`, for the one that loses least."""
     # Rounding must not cut the start itself off.
@@ -148,8 +154,8 @@ def _search(
         best = np.maximum.accumulate(value[order])
         front = order[np.concatenate([[True], best[1:] > best[:-1]])] if len(order) else order
         alive = alive[front]
-        if len(alive) > _STATES:
-            alive = alive[np.argsort(all_lost[alive], kind="stable")[:_STATES]]
+        if len(alive) > states:
+            alive = alive[np.argsort(all_lost[alive], kind="stable")[:states]]
             exact = False
         trail.append((alive // len(options), options[alive % len(options)]))
         lost, spent = all_lost[alive], all_spent[alive]

@@ -16,49 +16,64 @@ from torch import Tensor, nn
 
 from aasvd.artifacts import Activations
 from aasvd.covariance import Gram
-from aasvd.objectives import Options, Statistics, solver
+from aasvd.objectives import Statistics, loss_metric
+from aasvd.solve import Target, factorize, prepare, spectrum
 
-_PLAIN = Options(blend=0.0, ridge=0.0)
+Groups = Mapping[tuple[str, ...], Statistics]
 
 
-def spectra(weights: Mapping[str, Tensor], statistics: Mapping[str, Statistics]) -> dict[str, Tensor]:
+def spectra(weights: Mapping[str, Tensor], groups: Groups) -> dict[str, Tensor]:
     """Return the eigenvalues of W XXᵀ Wᵀ of every linear, descending, (min(m, n),) float64.
 
     Args:
         weights: Weight of every linear.
-        statistics: Statistics of every linear's group.
+        groups: Statistics of every group of linears.
     """
-    found = {}
-    for name, weight in weights.items():
-        solved = solver("input_aware", statistics[name], options=_PLAIN)(name, weight, min(weight.shape))
-        found[name] = solved.factors.spectrum
-    return found
+    return {
+        name: spectrum(weights[name], target)
+        for names, known in groups.items()
+        for target in [_target(known, [weights[name] for name in names])]
+        for name in names
+    }
 
 
-def influence(
-    weights: Mapping[str, Tensor], statistics: Mapping[str, Statistics], *, objective: str
-) -> dict[str, Tensor]:
+def influence(weights: Mapping[str, Tensor], groups: Groups, *, objective: str) -> dict[str, Tensor]:
     """Return what dropping each direction of every linear costs, in nats per token, (min(m, n),).
 
     To second order an error e = (W − W') x of a linear's output changes the loss by (gᵀe)² / 2 on average,
     g the loss's gradient there (Fisher's approximation of the Hessian). With g and x taken as independent
     (K-FAC, Martens & Grosse 2015), direction u_i of the solution costs λ_i u_iᵀ G u_i / 2, with λ_i what
-    it holds of W XXᵀ Wᵀ and G = Σ g gᵀ, both per token. Costs of several directions and linears add up.
+    it holds of W XXᵀ Wᵀ and G = E[g gᵀ], both per token. Costs of several directions and linears add up.
+    The directions of `loss_aware` are orthogonal in G, and its eigenvalues are these costs.
 
     Args:
         weights: Weight of every linear.
-        statistics: Statistics of every linear's group, gradients with them.
+        groups: Statistics of every group of linears, gradients with them.
         objective: Whose directions are dropped: `loss_aware`'s own, else those of `input_aware`.
     """
     found = {}
-    for name, weight in weights.items():
-        known, kind = statistics[name], "loss_aware" if objective == "loss_aware" else "input_aware"
-        factors = solver(kind, known, options=_PLAIN)(name, weight, min(weight.shape)).factors
-        # What direction i adds to W' X, as u_i v_i X: in the metric of G.
-        outer = ((known.outer[name] @ factors.u) * factors.u).sum(0)
-        inner = ((factors.v @ known.gram) * factors.v).sum(1)
-        found[name] = (outer * inner).clamp_min(0) / (2 * known.token_count**2)
+    for names, known in groups.items():
+        target = _target(known, [weights[name] for name in names])
+        for name in names:
+            weight, outer = weights[name].to(torch.float64), known.outer[name]
+            if objective == "loss_aware":
+                root, scale = loss_metric(outer)
+                costs = scale * spectrum(root.mT @ weight, target)
+            else:
+                factors = factorize(weight, target, rank=min(weight.shape))
+                # What direction i adds to W' X, as u_i v_i X: in the metric of G.
+                inner = ((factors.v @ known.gram) * factors.v).sum(1)
+                costs = (((outer @ factors.u) * factors.u).sum(0) * inner).clamp_min(0)
+            found[name] = costs / (2 * known.token_count)
     return found
+
+
+def _target(known: Statistics, weights: Sequence[Tensor]) -> Target:
+    """Prepare the input-aware problem for the linears of one group."""
+    tall = any(weight.shape[0] > weight.shape[1] for weight in weights)
+    return prepare(
+        known.gram, cross_gram=None, blend=0.0, ridge=0.0, need_root=tall, token_count=known.token_count
+    )
 
 
 def profile(inputs: Activations, outputs: Activations, *, device: torch.device) -> dict[str, Tensor]:

@@ -38,7 +38,7 @@ class Statistics(NamedTuple):
         cross: XX'ᵀ, (n, n).
         buckets: XXᵀ of inputs averaged over the sequences of each bucket, (n, n).
         squared: By linear, Fisher information of its input channels, (n,).
-        outer: By linear, Σ g gᵀ of the gradients at its outputs, (m, m).
+        outer: By linear, the mean over tokens of g gᵀ, g the gradient at its outputs, (m, m).
     """
 
     gram: Tensor
@@ -328,17 +328,28 @@ def loss_aware(statistics: Statistics, options: Options) -> Solver:
     inner = input_aware(statistics, options)
 
     def solve(name: str, weight: Tensor, rank: int) -> Solved:
-        outer = statistics.outer[name]
-        # Scaled to a mean of one, so that u and v keep the scale of the layer's outputs.
-        scale = outer.diagonal().mean().clamp_min(torch.finfo(outer.dtype).tiny)
-        metric = outer / scale + _FISHER_FLOOR * torch.eye(len(outer), dtype=outer.dtype, device=outer.device)
-        # Any root of G will do, and this one takes a fortieth of the time of its eigenvectors.
-        root = torch.linalg.cholesky(metric)
+        root, _ = loss_metric(statistics.outer[name])
         factors, report = inner(name, root.mT @ weight.to(torch.float64), rank)
         u = torch.linalg.solve_triangular(root.mT, factors.u, upper=True)
         return Solved(factors._replace(u=u), report)
 
     return solve
+
+
+def loss_metric(outer: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a root of `loss_aware`'s G and the scale that was taken out of it.
+
+    Args:
+        outer: The second moment of the loss's gradient at a linear's outputs, (m, m) float64.
+
+    Returns:
+        L with scale · L Lᵀ = outer + floor, lower triangular, (m, m); the mean of outer's diagonal.
+    """
+    # Scaled to a mean of one, so that u and v keep the scale of the layer's outputs.
+    scale = outer.diagonal().mean().clamp_min(torch.finfo(outer.dtype).tiny)
+    metric = outer / scale + _FISHER_FLOOR * torch.eye(len(outer), dtype=outer.dtype, device=outer.device)
+    # Any root of G will do, and this one takes a fortieth of the time of its eigenvectors.
+    return torch.linalg.cholesky(metric), scale
 
 
 FUNCTIONS: dict[str, Callable[[Statistics, Options], Solver]] = {

@@ -131,20 +131,11 @@ def factorize(weight: Tensor, target: Target, *, rank: int) -> Factors:
         raise ValueError(f"rank {rank} must lie between 1 and {full} for a {outputs} x {inputs} weight")
     if len(target.gram) != inputs:
         raise ValueError(f"weight has {inputs} inputs but its covariance has {len(target.gram)}")
-    w = weight.to(torch.float64)
-    r = w if target.transfer is None else w @ target.transfer
-    if target.root is not None:
-        m = r @ target.root
-        if outputs <= inputs:
-            values, left = torch.linalg.eigh(m @ m.T)
-        else:
-            values, right = torch.linalg.eigh(m.T @ m)
-            left = m @ right
-    else:
-        values, left = torch.linalg.eigh(r @ target.gram @ r.T)
-    values, left = values.flip(0).clamp_min(0), left.flip(1)
-    # A tall weight on a singular covariance: the root has fewer columns, the missing eigenvalues are zero.
-    values = torch.nn.functional.pad(values, (0, max(0, min(outputs, inputs) - len(values))))
+    r, matrix, wide = _eigenproblem(weight, target)
+    values, left = torch.linalg.eigh(matrix)
+    if wide is not None:
+        left = wide @ left
+    values, left = _descending(values, min(outputs, inputs)), left.flip(1)
     basis = _orthonormal(left[:, :rank], rank)
     v = basis.T @ r
     # AdamW moves all entries alike, so the split of σ matters to refinement. As in the paper each factor
@@ -153,6 +144,36 @@ def factorize(weight: Tensor, target: Target, *, rank: int) -> Factors:
     scale = sigma.clamp_min(_SMALLEST_SIGMA * sigma[0]).clamp_min(torch.finfo(v.dtype).tiny).sqrt()
     energy = values.sum().clamp_min(torch.finfo(values.dtype).tiny)
     return Factors(basis * scale, v / scale[:, None], values, (values[:rank].sum() / energy).item())
+
+
+def spectrum(weight: Tensor, target: Target) -> Tensor:
+    """Return the spectrum of `factorize` alone, in a fraction of its time: (min(m, n),) float64.
+
+    Args:
+        weight: W, (m, n), any float type.
+        target: What `prepare` made for the layer's group.
+    """
+    _, matrix, _ = _eigenproblem(weight, target)
+    return _descending(torch.linalg.eigvalsh(matrix), min(weight.shape))
+
+
+def _eigenproblem(weight: Tensor, target: Target) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return R, a matrix of the smaller side with the eigenvalues of R C Rᵀ, and what maps its eigenvectors.
+
+    The last is None where the matrix is R C Rᵀ itself.
+    """
+    w = weight.to(torch.float64)
+    r = w if target.transfer is None else w @ target.transfer
+    if target.root is None:
+        return r, r @ target.gram @ r.T, None
+    m = r @ target.root
+    return (r, m @ m.T, None) if weight.shape[0] <= weight.shape[1] else (r, m.T @ m, m)
+
+
+def _descending(values: Tensor, count: int) -> Tensor:
+    values = values.flip(0).clamp_min(0)
+    # A tall weight on a singular covariance: the root has fewer columns, the missing eigenvalues are zero.
+    return torch.nn.functional.pad(values, (0, max(0, count - len(values))))
 
 
 def principal(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -536,9 +536,9 @@ def measure_block(
         linears = blocks.linears(around.original())
         weights = {name: linears[name].weight for name in statistics}
         if kind == "spectra":
-            found = measures.spectra(weights, statistics)
+            found = measures.spectra(weights, groups)
         elif kind == "influence":
-            found = measures.influence(weights, statistics, objective=number)
+            found = measures.influence(weights, groups, objective=number)
         elif kind == "relative_gradients":
             norms = read_tensors(Path(gradients or ""), device=around.device)
             found = {

@@ -60,7 +60,7 @@ def test_greedy_alone_is_not_the_best() -> None:
 
 
 def test_a_search_cut_short_says_so_and_stays_within_its_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(knapsack, "_STATES", 1)
+    monkeypatch.setattr(knapsack, "_STATES", (1,))
     cut = 0
     for seed in range(100):
         costs, values, budget = problem(seed)
