@@ -40,14 +40,14 @@ def head_gradient(
     Args:
         head: The model behind its blocks.
         hidden: What leaves the last block, (sequences, tokens, width).
-        ids: The sequences' tokens.
+        ids: The tokens of the first sequences: as many as are to count, (sequences, tokens).
         on_gradient: Called with each sequence's gradient, (1, tokens, width).
 
     Returns:
         The mean loss per predicted token, in nats.
     """
     total = 0.0
-    for index in range(len(hidden)):
+    for index in range(len(ids)):
         x = hidden.read([index]).requires_grad_(True)
         loss = head.loss(x, ids[index : index + 1]).sum()
         (gradient,) = torch.autograd.grad(loss, x)
@@ -66,13 +66,13 @@ def block_gradients(
     device: torch.device,
     on_gradient: Callable[[Tensor], None],
 ) -> dict[str, Gradients]:
-    """Run one original block forward and backward over all sequences, one at a time.
+    """Run one original block forward and backward over the first sequences, one at a time.
 
     Args:
         block: The original block on `device`; its linears' weights are made to require gradients.
         groups: Names of its linears.
         inputs: Inputs of the block, (sequences, tokens, width).
-        upstream: ∂loss/∂output of the block, same shape.
+        upstream: ∂loss/∂output of the block, of as many of its first sequences as are to count.
         arguments: The block's keyword arguments.
         device: Where the block is.
         on_gradient: Called with each sequence's ∂loss/∂input, (1, tokens, width).
@@ -95,7 +95,7 @@ def block_gradients(
     }
     mean = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in weights.items()}
     with _watching_outputs(linears, outer):
-        for index in range(len(inputs)):
+        for index in range(len(upstream)):
             x = inputs.read([index]).to(device, dtype).requires_grad_(True)
             output = block(x, **arguments)
             output.backward(upstream.read([index]).to(device, dtype))
@@ -104,10 +104,10 @@ def block_gradients(
             for name, weight in weights.items():
                 assert weight.grad is not None, f"{name} does not reach the block's output"
                 columns = torch.linalg.vector_norm(weight.grad, dim=0, dtype=torch.float32)
-                squared[name] += columns.double().square() / len(inputs)
-                mean[name].add_(weight.grad, alpha=1 / len(inputs))
+                squared[name] += columns.double().square() / len(upstream)
+                mean[name].add_(weight.grad, alpha=1 / len(upstream))
                 weight.grad = None
-    tokens = inputs.shape[0] * inputs.shape[1]
+    tokens = upstream.shape[0] * upstream.shape[1]
     result = {
         name: Gradients(squared[name], outer[name].matrix() / tokens, mean[name].norm().double())
         for name in names

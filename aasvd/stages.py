@@ -401,11 +401,12 @@ def differentiate_head(
         x = Activations(Path(hidden))
         around = _Block(source, 0, settings, record=record)
         head = blocks.Head(around.source, around.parts, device=around.device, dtype=around.dtype)
+        ids = calibration.read_tokens(Path(tokens))[: settings["gradients"] or None]
         # float32: a gradient is a sum of many small terms, and this file lives as long as one stage.
-        with writing_activations(Path(gradient), shape=x.shape, dtype=torch.float32) as append:
-            measured["loss"] = gradients.head_gradient(
-                head, x, calibration.read_tokens(Path(tokens)), on_gradient=append
-            )
+        with writing_activations(
+            Path(gradient), shape=(len(ids), *x.shape[1:]), dtype=torch.float32
+        ) as append:
+            measured["loss"] = gradients.head_gradient(head, x, ids, on_gradient=append)
 
 
 def differentiate_block(
@@ -422,11 +423,11 @@ def differentiate_block(
 ) -> None:
     """Run one original block forward and backward: its linears' gradients, and that of its input."""
     with _stage(f"differentiate block {index}", log=Path(log), record=Path(record), advice=_PASSES):
-        x = Activations(Path(inputs))
+        x, above = Activations(Path(inputs)), Activations(Path(upstream))
         around = _Block(source, index, settings, record=record)
         arguments = around.arguments(x)
-        bar = around.bar("gradients", len(x))
-        with bar, writing_activations(Path(gradient), shape=x.shape, dtype=torch.float32) as append:
+        bar = around.bar("gradients", len(above))
+        with bar, writing_activations(Path(gradient), shape=above.shape, dtype=torch.float32) as append:
 
             def on_gradient(batch: Tensor) -> None:
                 append(batch)
@@ -436,7 +437,7 @@ def differentiate_block(
                 around.original(),
                 around.groups(x, arguments),
                 inputs=x,
-                upstream=Activations(Path(upstream)),
+                upstream=above,
                 arguments=arguments,
                 device=around.device,
                 on_gradient=on_gradient,

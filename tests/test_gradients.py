@@ -71,13 +71,13 @@ class Whole:
         """Return what enters a block; what is watched twice, as output and as input, counts once."""
         return torch.cat(self.inputs[index][:: 2 if 0 < index < len(self.inputs) - 1 else 1])
 
-    def by_blocks(self, folder: Path) -> tuple[float, list[dict[str, Gradients]]]:
-        """Run the stages' functions from the last block to the first."""
+    def by_blocks(self, folder: Path, sequences: int = SEQUENCES) -> tuple[float, list[dict[str, Gradients]]]:
+        """Run the stages' functions from the last block to the first, on the first sequences."""
         count = len(self.inputs) - 1
         head = Head(self.tiny.source, self.tiny.parts, device=CPU, dtype=torch.float32)
         made: list[Tensor] = []
         last = activations(folder / "hidden", self.hidden(count))
-        loss = head_gradient(head, last, self.ids, on_gradient=made.append)
+        loss = head_gradient(head, last, self.ids[:sequences], on_gradient=made.append)
         found = []
         for index in reversed(range(count)):
             upstream = activations(folder / f"upstream{index}", torch.cat(made))
@@ -116,6 +116,21 @@ def test_gradients_by_blocks_are_those_of_the_whole_model(
             assert float(found.norm) == pytest.approx(float(expected.mean(0).norm()), rel=1e-3)
             outer = whole.outer[key] / whole.ids.numel()
             torch.testing.assert_close(found.outer / outer.norm(), outer / outer.norm(), **CLOSE)
+
+
+def test_gradients_of_some_sequences_are_theirs_alone(
+    stored: Callable[[str], Stored], tmp_path: Path
+) -> None:
+    whole = Whole(stored("llama"))
+    loss, blocks = whole.by_blocks(tmp_path, sequences=2)
+    assert loss == pytest.approx(sum(whole.losses[:2]) / (2 * (whole.ids.shape[1] - 1)), rel=1e-5)
+    for index, block in enumerate(blocks):
+        for inner, found in block.items():
+            expected = torch.stack(whole.gradients[f"{index}.{inner}"][:2]).double()
+            scale = float(expected.square().mean())
+            torch.testing.assert_close(
+                found.squared / scale, expected.square().mean(0).sum(0) / scale, **CLOSE
+            )
 
 
 def test_a_long_sequence_goes_through_the_head_in_parts(
