@@ -28,8 +28,8 @@ from aasvd.device import compute_device, process_memory, reset_peak_memory
 from aasvd.formats import FORMATS, replace_linears
 from aasvd.fusion import fuse
 from aasvd.lowrank import CompressedLinear
+from aasvd.provenance import versions
 from aasvd.rank import uniform_rank
-from aasvd.stages import versions
 
 RATIOS = (0.8, 0.6, 0.4)
 _LLAMA7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32}

@@ -1,13 +1,15 @@
 """Laws that hold for every module of the package, read from its source."""
 
 import ast
+import tomllib
 from pathlib import Path
 
 import pytest
 
 import aasvd
 
-MODULES = [path for path in sorted(Path(aasvd.__file__).parent.glob("*.py")) if path.stem != "__init__"]
+FOLDER = Path(aasvd.__file__).parent
+MODULES = [path for path in sorted(FOLDER.rglob("*.py")) if path != FOLDER / "__init__.py"]
 
 # Each may import only those before it.
 ORDER = [
@@ -15,6 +17,7 @@ ORDER = [
     "params",
     "artifacts",
     "device",
+    "provenance",
     "progress",
     "rank",
     "covariance",
@@ -51,6 +54,15 @@ ORDER = [
     "report",
     "paper",
     "comparison",
+    "stages.stage",
+    "stages.loading",
+    "stages.fetching",
+    "stages.originals",
+    "stages.ranks",
+    "stages.compression",
+    "stages.checkpoints",
+    "stages.evaluation",
+    "stages.publication",
     "stages",
     "command",
     "versioning",
@@ -62,26 +74,40 @@ ORDER = [
 ]
 
 
+def name_of(path: Path) -> str:
+    """Return a module's name inside the package; a subpackage's is that of its folder."""
+    return ".".join(path.relative_to(FOLDER).with_suffix("").parts).removesuffix(".__init__")
+
+
+NAMES = {name_of(path) for path in MODULES}
+
+
 def imported(path: Path) -> set[str]:
     """Return the modules of the package that a module imports, anywhere in it."""
-    names: set[str] = set()
+    named: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module == "aasvd":
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").startswith("aasvd.")):
-            names.add((node.module or "").removeprefix("aasvd.").split(".")[0])
+        if isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path} imports relatively"
+            named |= {f"{node.module}.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("aasvd.")}
-    return names
+            named |= {alias.name for alias in node.names}
+    inside = {name.removeprefix("aasvd.") for name in named if name.startswith("aasvd.")}
+    # What is imported is a module, or something in one.
+    return {name if name in NAMES else name.rpartition(".")[0] for name in inside} & NAMES
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_modules_import_only_downwards(path: Path) -> None:
-    assert path.stem in ORDER, (
-        f"{path.name} has no place in ORDER yet: put it after every module that it imports"
-    )
-    late = imported(path) - set(ORDER[: ORDER.index(path.stem)])
-    assert not late, f"{path.name} imports {', '.join(sorted(late))}, which ORDER puts at or after it"
+    name = name_of(path)
+    assert name in ORDER, f"{name} has no place in ORDER yet: put it after every module that it imports"
+    late = imported(path) - set(ORDER[: ORDER.index(name)])
+    assert not late, f"{name} imports {', '.join(sorted(late))}, which ORDER puts at or after it"
+
+
+def test_every_subpackage_is_installed() -> None:
+    described = tomllib.loads((FOLDER.parent / "pyproject.toml").read_text())
+    folders = {path.parent.relative_to(FOLDER.parent) for path in MODULES}
+    assert {".".join(folder.parts) for folder in folders} == set(described["tool"]["setuptools"]["packages"])
 
 
 def test_no_module_can_unpickle() -> None:

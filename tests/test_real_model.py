@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from aasvd import bench, calibration, stages
 from aasvd.artifacts import Activations
+from aasvd.device import compute_dtype
 
 pytestmark = pytest.mark.slow
 
@@ -207,7 +208,7 @@ def test_dense_perplexity_is_that_of_a_plain_computation(original: Path, tmp_pat
 
 
 def test_perplexity_is_nearly_as_fast_as_plain_forward_passes(original: Path) -> None:
-    dtype = stages.compute_dtype("auto", torch.device("cpu"))
+    dtype = compute_dtype("auto", torch.device("cpu"))
     share = bench.forward_share(original / "dense", dtype=dtype, window=1024, repeats=2)
     sys.stdout.write(f"perplexity at {share:.2f} of the speed of plain forward passes\n")
     assert share > 0.7

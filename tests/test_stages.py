@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from stored import TOKENS, random_tokens
 from transformers import AutoModelForCausalLM
 
-from aasvd import calibration, checkpoint, evaluate, sources, stages
+from aasvd import calibration, checkpoint, evaluate, provenance, sources, stages
 from aasvd.artifacts import (
     DamagedArtifactError,
     read_json,
@@ -23,7 +23,9 @@ from aasvd.artifacts import (
     verify,
     write_table,
 )
+from aasvd.device import compute_dtype
 from aasvd.params import failure_file
+from aasvd.stages import evaluation, publication, stage
 
 CPU = torch.device("cpu")
 CALIBRATION: dict[str, Any] = {"dtype": "float32", "batch": 2}
@@ -294,7 +296,7 @@ def test_a_stage_repeated_gives_the_same_bytes_and_records_itself(chain: Callabl
     assert record["seconds"] > 0
     assert 10 < record["peak_memory_mb"] < 100_000
     assert record["device"] == "cpu"
-    assert record["code"] == stages.code_digest()
+    assert record["code"] == provenance.code_digest()
     assert {"python", "torch", "transformers", "aasvd"} <= set(record["versions"])
     assert len(record["losses"]) == REFINEMENT["epochs"]
     assert "refine block 0: done" in Path(run.log).read_text()
@@ -350,7 +352,7 @@ def test_running_out_of_memory_says_which_setting_lowers_it(tmp_path: Path) -> N
         pytest.raises(
             stages.StageError, match=r"embed: the device ran out of memory; lower calibration\.batch"
         ),
-        stages._stage("embed", log=tmp_path / "log", record=tmp_path / "record", advice=stages._PASSES),
+        stage.stage("embed", log=tmp_path / "log", record=tmp_path / "record", advice=stage.PASSES),
     ):
         raise torch.OutOfMemoryError
     assert not (tmp_path / "record").exists()
@@ -359,7 +361,7 @@ def test_running_out_of_memory_says_which_setting_lowers_it(tmp_path: Path) -> N
 def test_a_mistake_in_the_code_keeps_its_type(tmp_path: Path) -> None:
     with (
         pytest.raises(KeyError),
-        stages._stage("embed", log=tmp_path / "log", record=None, advice=""),
+        stage.stage("embed", log=tmp_path / "log", record=None, advice=""),
     ):
         raise KeyError("x")
     assert "embed failed" in (tmp_path / "log").read_text()
@@ -370,7 +372,7 @@ def test_stages_never_run_together_and_keep_their_logs_apart(tmp_path: Path) -> 
     together: list[int] = []
 
     def work(number: int) -> None:
-        with stages._stage(f"stage {number}", log=tmp_path / f"{number}.log", record=None, advice=""):
+        with stage.stage(f"stage {number}", log=tmp_path / f"{number}.log", record=None, advice=""):
             running.append(number)
             time.sleep(0.02)
             logging.getLogger("aasvd.test").info("by %d", number)
@@ -391,16 +393,16 @@ def test_stages_never_run_together_and_keep_their_logs_apart(tmp_path: Path) -> 
 
 @pytest.mark.parametrize(("name", "expected"), [("bfloat16", torch.bfloat16), ("float32", torch.float32)])
 def test_a_named_float_type_is_used_everywhere(name: str, expected: torch.dtype) -> None:
-    assert stages.compute_dtype(name, CPU) == stages.compute_dtype(name, torch.device("cuda")) == expected
+    assert compute_dtype(name, CPU) == compute_dtype(name, torch.device("cuda")) == expected
 
 
 def test_auto_is_bfloat16_where_it_is_fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert stages.compute_dtype("auto", torch.device("cuda")) == torch.bfloat16
+    assert compute_dtype("auto", torch.device("cuda")) == torch.bfloat16
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    assert stages.compute_dtype("auto", CPU) == torch.float32
+    assert compute_dtype("auto", CPU) == torch.float32
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
-    assert stages.compute_dtype("auto", CPU) == torch.bfloat16
+    assert compute_dtype("auto", CPU) == torch.bfloat16
 
 
 def test_a_linked_folder_stores_no_byte_twice_and_replaces_what_was_there(tmp_path: Path) -> None:
@@ -409,7 +411,7 @@ def test_a_linked_folder_stores_no_byte_twice_and_replaces_what_was_there(tmp_pa
         folder.mkdir()
         (folder / "a").write_text(folder.name)
     (target / "a").chmod(0o444)
-    stages._link_folder(source, target)
+    publication._link_folder(source, target)
     assert (target / "a").read_text() == "source"
     assert (target / "a").samefile(source / "a")
 
@@ -418,7 +420,7 @@ def test_seconds_are_summed_over_blocks() -> None:
     records = [{"stage": f"solve block {n}", "seconds": 1.5} for n in range(3)] + [
         {"stage": "embed", "seconds": 2.0}
     ]
-    assert stages._seconds(records) == {"solve": 4.5, "embed": 2.0}
+    assert publication._seconds(records) == {"solve": 4.5, "embed": 2.0}
 
 
 # --- measurements that fail alone -------------------------------------------------------------------------
@@ -462,8 +464,8 @@ def test_a_measurement_names_its_failure_and_forgets_it_once_it_works(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text, output = tmp_path / "texts" / "notes" / "key" / "test.parquet", tmp_path / "perplexity_notes.json"
-    monkeypatch.setattr(stages, "_model_folder", lambda model: tmp_path)
-    monkeypatch.setattr(stages, "_evaluated_model", lambda folder, settings: (None, None))
+    monkeypatch.setattr(evaluation, "model_folder", lambda model: tmp_path)
+    monkeypatch.setattr(evaluation, "load_model", lambda folder, settings: (None, None))
     monkeypatch.setattr(evaluate, "windows", lambda text, tokenizer, **_: text)
     found: list[Any] = [evaluate.NonFiniteLossError("3 of 8 windows"), {"perplexity": 9.0}]
 

@@ -1,0 +1,160 @@
+"""Stages that write checkpoints: assemble the compressed blocks, and update what was assembled."""
+
+import contextlib
+import functools
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from tqdm import tqdm
+
+from aasvd import adapt, blocks, calibration, checkpoint
+from aasvd.artifacts import read_json, read_tensors, write_tensors
+from aasvd.device import compute_device
+from aasvd.formats import FORMATS, format_name
+from aasvd.stages.loading import factored, load_model, model_folder
+from aasvd.stages.stage import PASSES, stage
+from aasvd.weights import stored_tensors
+
+
+def assemble(
+    *,
+    source: str,
+    outline: str,
+    factors: Sequence[str],
+    checksums: str,
+    record: str,
+    storage: str,
+    precision: str,
+    details: Mapping[str, Any],
+    log: str,
+) -> None:
+    """Assemble the compressed blocks and the dense rest into a Hugging Face checkpoint."""
+    with stage("assemble", log=Path(log), record=Path(record), advice=PASSES) as measured:
+        dense = blocks.Source(Path(source))
+        parts = blocks.skeleton(dense.folder)
+        path, folder = read_json(Path(outline))["path"], Path(checksums).parent
+        dtype = torch.bfloat16 if precision == "bfloat16" else parts.model.config.dtype or torch.float32
+        storage = format_name(storage, precision)
+        ranks: dict[str, int] = {}
+        # Snakemake removes the list of checksums before it runs this again; what is left is no checkpoint.
+        shutil.rmtree(folder, ignore_errors=True)
+        with _scratch(folder.with_name(".packed")) as packed:
+            for index, file in enumerate(tqdm(factors, desc="Packing blocks", unit="block")):
+                tensors = read_tensors(Path(file), device=compute_device())
+                names = factored(tensors)
+                ranks |= {f"{path}.{index}.{name}": tensors[f"{name}.u"].shape[1] for name in names}
+                write_tensors(packed / str(index), _packed(tensors, names, storage=storage, dtype=dtype))
+
+            # The checkpoint wants its tensors by type, then name: block by block, once for each type.
+            @functools.lru_cache(maxsize=1)
+            def block(index: int) -> dict[str, Tensor]:
+                return read_tensors(packed / str(index), device=torch.device("cpu"))
+
+            def tensor(name: str) -> Tensor:
+                if name.startswith(f"{path}."):
+                    index, _, inner = name.removeprefix(f"{path}.").partition(".")
+                    compressed = block(int(index))
+                    if inner in compressed:
+                        return compressed[inner]
+                return blocks.read(dense, parts, name)
+
+            checkpoint.write(
+                dense=dense.folder,
+                output=folder,
+                ranks=ranks,
+                storage=storage,
+                details=details,
+                tensor=tensor,
+                dtype=dtype,
+            )
+        measured["ranks"] = ranks
+
+
+@contextlib.contextmanager
+def _scratch(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder that is gone when the block ends."""
+    # One fixed name, so that what a killed stage left is cleared by the next one.
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _packed(
+    tensors: Mapping[str, Tensor], names: Sequence[str], *, storage: str, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Return a block's tensors as a checkpoint stores them: the factors of the named linears packed."""
+    factors = {f"{name}.{factor}" for name in names for factor in ("u", "v")}
+    rest = {key: tensor for key, tensor in tensors.items() if key not in factors}
+    return rest | {
+        f"{name}.{part}": tensor
+        for name in names
+        for part, tensor in FORMATS[storage].pack(tensors[f"{name}.u"], tensors[f"{name}.v"], dtype).items()
+    }
+
+
+def adapt_model(
+    *,
+    source: str,
+    tokens: str,
+    checksums: str,
+    adapted: str,
+    record: str,
+    details: Mapping[str, Any],
+    seed: int,
+    calibration_settings: Mapping[str, Any],
+    post: Mapping[str, Any],
+    log: str,
+) -> None:
+    """Update a checkpoint's factors on the calibration tokens, and write it as another checkpoint."""
+    with stage("adapt", log=Path(log), record=Path(record), advice="lower post.batch") as measured:
+        ids = calibration.read_tokens(Path(tokens))
+        model, _ = load_model(model_folder(checksums), calibration_settings)
+        with tqdm(desc="post-step", unit="step", leave=False, dynamic_ncols=True) as bar:
+
+            def on_step(step: int, steps: int, loss: float) -> None:
+                bar.total = steps
+                bar.set_postfix_str(f"loss {loss:.4g}", refresh=False)
+                bar.update(step - bar.n)
+
+            measured["losses"] = adapt.adapt(
+                model,
+                ids,
+                recipe=adapt.Recipe(**post),
+                generator=torch.Generator().manual_seed(seed),
+                on_step=on_step,
+            )
+        state = model.state_dict()
+        described = json.loads((Path(checksums).parent / "config.json").read_text())
+        stored_type = getattr(torch, described["dtype"])
+        dense = blocks.Source(Path(source))
+        # What is not updated comes from the checkpoint in its own type, not in that of the passes.
+        before = {
+            name: tensor.file
+            for name, tensor in stored_tensors(sorted(Path(checksums).parent.glob("*.safetensors"))).items()
+        }
+
+        def tensor(name: str) -> Tensor:
+            if name.endswith((".u", ".v")):
+                return state[name]
+            with safe_open(before[name], framework="pt") as file:
+                return file.get_tensor(name)
+
+        shutil.rmtree(Path(adapted).parent, ignore_errors=True)
+        checkpoint.write(
+            dense=dense.folder,
+            output=Path(adapted).parent,
+            ranks=model.config.quantization_config.ranks,
+            storage=model.config.quantization_config.storage,
+            details=details,
+            tensor=tensor,
+            dtype=stored_type,
+        )

@@ -1,0 +1,183 @@
+"""Stages that compress one block: solve its factors, refine them, propagate activations through it."""
+
+import copy
+import logging
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from aasvd import compress, methods, objectives, progress, refine
+from aasvd.artifacts import Activations, read_json, read_tensors, write_tensors, writing_activations
+from aasvd.stages.loading import Block, seconds_left, statistics_of
+from aasvd.stages.stage import PASSES, peak_memory_mb, stage
+
+_logger = logging.getLogger(__name__)
+
+_STEPS = "lower refinement.batch in params.yaml"
+# Sequences on which refinement compares a block with what it was.
+_MEASURED = 32
+
+
+def solve_block(
+    *,
+    source: str,
+    covariances: str,
+    ranks: str,
+    original: str | None,
+    shifted: str | None,
+    gradients: str | None,
+    buckets: str | None,
+    output: str,
+    record: str,
+    index: int,
+    calibration: Mapping[str, Any],
+    compression: Mapping[str, Any],
+    log: str,
+) -> None:
+    """Solve one block's factors; files of statistics that the objective does not need are None."""
+    with stage(f"solve block {index}", log=Path(log), record=Path(record), advice=PASSES) as measured:
+        around = Block(source, index, calibration, record=record)
+        known = statistics_of(covariances, gradients=gradients, buckets=buckets, device=around.device)
+        stream, groups = None, [list(group) for group in known]
+        if "shifted" in methods.OBJECTIVES[compression["objective"]].needs:
+            x, x_shifted = Activations(Path(original or "")), Activations(Path(shifted or ""))
+            arguments = around.arguments(x)
+            # Only here does it matter which group comes first.
+            groups = around.groups(x, arguments)
+            stream = compress.Stream(x, x_shifted, arguments, around.batch, around.device, around.dtype)
+        unrefined = around.original()
+        chosen = read_json(Path(ranks))["ranks"]
+        solution = compress.solve_block(
+            unrefined,
+            copy.deepcopy(unrefined),
+            groups,
+            objective=compression["objective"],
+            options=objectives.options_of(compression),
+            ranks={name: chosen[f"{index}.{name}"] for group in groups for name in group},
+            statistics=[known[tuple(group)] for group in groups],
+            stream=stream,
+        )
+        measured["linears"] = solution.report
+        for name, numbers in solution.report.items():
+            if numbers.get("directions_dropped"):
+                _logger.warning("%s of block %d: singular covariance, %s", name, index, numbers)
+        write_tensors(Path(output), solution.tensors)
+
+
+def refine_block(
+    *,
+    source: str,
+    shifted: str,
+    target: str,
+    solved: str,
+    output: str,
+    record: str,
+    index: int,
+    seed: int,
+    calibration: Mapping[str, Any],
+    refinement: Mapping[str, Any],
+    log: str,
+) -> None:
+    """Refine one solved block, factors and norms together, against the original block's outputs."""
+    with stage(f"refine block {index}", log=Path(log), record=Path(record), advice=_STEPS) as measured:
+        x, y = Activations(Path(shifted)), Activations(Path(target))
+        around = Block(source, index, calibration, record=record)
+        factors = read_tensors(Path(solved), device=around.device)
+        streams: dict[str, Any] = {
+            "inputs": x,
+            "targets": y,
+            "arguments": around.arguments(x),
+            "device": around.device,
+        }
+        solved_block = around.compressed(factors, around.dtype)
+        # On some sequences: a pass over all of them would take as long as many steps.
+        some: dict[str, Any] = {"batch": around.batch, "batches": math.ceil(_MEASURED / around.batch)}
+        measured["before"] = refine.distortion(solved_block, **streams, **some)
+        block = around.compressed(factors, torch.float32)
+        visits = refinement["epochs"] * len(x)
+        if refinement["steps"]:
+            visits = min(visits, refinement["steps"] * refinement["batch"])
+        with around.bar("refine", visits) as bar:
+
+            def on_step(step: int, steps: int, loss: float) -> None:
+                bar.set_postfix_str(f"loss {loss:.4g}", refresh=False)
+                progress.report(loss=loss, step=step, steps=steps)
+                bar.update(round(visits * step / steps) - bar.n)
+
+            measured["losses"] = refine.refine(
+                block,
+                **streams,
+                recipe=refine.Recipe(**refinement),
+                dtype=around.dtype,
+                # A generator per block: a resumed run continues as an uninterrupted one would.
+                generator=torch.Generator().manual_seed(seed * 1_000_003 + index),
+                on_step=on_step,
+            )
+        measured["refined"] = refine.distortion(copy.deepcopy(block).to(around.dtype), **streams, **some)
+        kind = refinement["loss"]
+        if measured["refined"][kind] >= measured["before"][kind]:
+            # Too few steps for the learning rate: better the start than a block that training made worse.
+            _logger.warning("refinement did not bring block %d closer, so its solved factors stay", index)
+            block = around.compressed(factors, torch.float32)
+        write_tensors(Path(output), block.state_dict())
+
+
+def propagate(
+    *,
+    source: str,
+    shifted: str,
+    target: str,
+    factors: str,
+    output: str,
+    record: str,
+    index: int,
+    calibration: Mapping[str, Any],
+    log: str,
+) -> None:
+    """Push shifted activations through one compressed block and measure its distortion."""
+    with stage(f"propagate block {index}", log=Path(log), record=Path(record), advice=PASSES) as measured:
+        start = time.perf_counter()
+        x, y = Activations(Path(shifted)), Activations(Path(target))
+        around = Block(source, index, calibration, record=record)
+        block = around.compressed(read_tensors(Path(factors), device=around.device), around.dtype)
+        with writing_activations(Path(output), shape=x.shape, dtype=around.dtype) as append:
+            measured["after"] = refine.distortion(
+                block,
+                inputs=x,
+                targets=y,
+                arguments=around.arguments(x),
+                batch=around.batch,
+                device=around.device,
+                on_output=append,
+            )
+        seconds = time.perf_counter() - start
+        tqdm.write(_block_line(around, measured["after"], seconds=seconds))
+
+
+def _block_line(around: Block, after: Mapping[str, float], *, seconds: float) -> str:
+    """Return what a finished block's records say, on one line."""
+    files = [around.folder / f"{name}.json" for name in ("solve", "refine")]
+    made = [read_json(file) for file in files if file.exists()]
+    errors = " ".join(
+        f"{name.rpartition('.')[2]} {numbers['relative_error']:.3f}"
+        for record in made
+        for name, numbers in record.get("linears", {}).items()
+        if "relative_error" in numbers
+    )
+    before = next((record["before"] for record in made if "before" in record), None)
+    distortion = ", ".join(
+        f"{metric} " + (f"{before[metric]:.4g} → " if before else "") + f"{after[metric]:.4g}"
+        for metric in ("mse", "cosine")
+    )
+    seconds += sum(record["seconds"] for record in made)
+    peak = max([peak_memory_mb(), *(record["peak_memory_mb"] for record in made)])
+    left = seconds_left(around.folder.parent, done=around.index + 1, count=around.count) or 0.0
+    return (
+        f"{around.label}: relative errors {errors}; distortion {distortion}; {seconds:.1f} s, "
+        f"{peak:.0f} MB; about {left / 60:.1f} min left for the other blocks"
+    )

@@ -1,0 +1,67 @@
+"""Stages that bring models, texts and tasks onto the disk."""
+
+import functools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from aasvd import blocks, sources
+from aasvd.artifacts import mark_failure, write_json
+from aasvd.stages.stage import PASSES, report_failure, stage
+
+
+def fetch_model(
+    *, source: Mapping[str, Any], output: str, outline: str, record: str, cache: str, log: str
+) -> None:
+    """Fetch a dense model and describe its blocks: their number, and which linears each has."""
+    with stage("fetch model", log=Path(log), record=Path(record), advice=PASSES):
+        sources.fetch_model(source, output=Path(output), cache=Path(cache))
+        model = blocks.Source(Path(output))
+        parts = blocks.skeleton(model.folder)
+        write_json(
+            Path(outline),
+            {
+                "architecture": type(parts.model).__name__,
+                "path": parts.path,
+                "blocks": len(parts.blocks),
+                "linears": {
+                    f"{parts.path}.{index}.{name}": list(module.weight.shape)
+                    for index, block in enumerate(parts.blocks)
+                    for name, module in blocks.linears(block).items()
+                },
+            },
+        )
+
+
+def fetch_text(
+    *, source: Mapping[str, Any], name: str, split: str, data_dir: str, output: str, cache: str, log: str
+) -> None:
+    """Fetch one split of a text."""
+    with stage(f"fetch text {name}", log=Path(log), record=None, advice=PASSES):
+        fetch = functools.partial(
+            sources.fetch_text, source, name=name, split=split, data_dir=data_dir, cache=Path(cache)
+        )
+        # Calibration cannot do without its text; a text that only perplexity is taken on fails alone.
+        if split == "test":
+            _fetch(f"text {name}", Path(output), fetch)
+        else:
+            fetch(output=Path(output))
+
+
+def fetch_task(*, task: str, data_dir: str, output: str, cache: str, log: str) -> None:
+    """Fetch the rows of a zero-shot task."""
+    with stage(f"fetch task {task}", log=Path(log), record=None, advice=PASSES):
+        fetch = functools.partial(sources.fetch_task, task, data_dir=data_dir, cache=Path(cache))
+        _fetch(f"task {task}", Path(output), fetch)
+
+
+def _fetch(name: str, output: Path, fetch: Callable[..., None]) -> None:
+    """Fetch what one measurement reads, or write down why that failed: other measurements go on."""
+    error = None
+    try:
+        fetch(output=output)
+    except sources.SourceError as reason:
+        error = str(reason)
+        report_failure(f"fetch {name}", error)
+        sources.write_failure(output, error)
+    mark_failure(output, error)

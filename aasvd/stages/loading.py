@@ -1,0 +1,122 @@
+"""What several stages load: one block with its surroundings and statistics, or a whole model."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from aasvd import blocks, checkpoint, compress, objectives, progress
+from aasvd.artifacts import Activations, read_json, read_tensors
+from aasvd.covariance import unpack
+from aasvd.device import compute_device, compute_dtype
+
+
+class Block:
+    """One block's surroundings: model, arguments, groups, device and float type, for one stage."""
+
+    def __init__(self, source: str, index: int, settings: Mapping[str, Any], *, record: str) -> None:
+        self.source, self.index, self.batch = blocks.Source(Path(source)), index, settings["batch"]
+        self.parts = blocks.skeleton(self.source.folder)
+        self.device = compute_device()
+        self.dtype = compute_dtype(settings["dtype"], self.device)
+        self.count = len(self.parts.blocks)
+        self.label = f"block {index + 1} of {self.count}"
+        # Of this phase, capture or compression: the records of both lie in a folder per block.
+        self.folder = Path(record).parent
+        left = seconds_left(self.folder.parent, done=index, count=self.count)
+        progress.report(now=True, block=index + 1, blocks=self.count, blocks_seconds_left=left)
+
+    def arguments(self, hidden: Activations) -> dict[str, Any]:
+        """Return the block's keyword arguments for sequences as long as these."""
+        tokens = hidden.shape[1]
+        return blocks.forward_arguments(self.parts, tokens=tokens, device=self.device, dtype=self.dtype)[
+            self.index
+        ]
+
+    def groups(self, hidden: Activations, arguments: Mapping[str, Any]) -> list[list[str]]:
+        """Return the names of the block's linears, grouped by shared input, in the order they are called."""
+        _, tokens, width = hidden.shape
+        return blocks.groups(self.parts, self.index, arguments=arguments, width=width, tokens=tokens)
+
+    def original(self, dtype: torch.dtype | None = None) -> nn.Module:
+        """Load the original block."""
+        return blocks.load_block(
+            self.source, self.parts, self.index, device=self.device, dtype=dtype or self.dtype
+        ).requires_grad_(False)
+
+    def compressed(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> nn.Module:
+        """Load the original block and put factors, and other refined parameters, in their places."""
+        block = self.original(dtype)
+        weights = dict(blocks.linears(block))
+        for name in factored(tensors):
+            u, v = tensors[f"{name}.u"], tensors[f"{name}.v"]
+            compress.put(block, name, u, v, bias=weights[name].bias, like=weights[name].weight)
+        block.load_state_dict(dict(tensors), strict=False)
+        return block
+
+    def bar(self, label: str, total: int) -> progress.Bar:
+        """Return a progress bar with time left for this block."""
+        return progress.Bar(
+            total=total, desc=f"{self.label}: {label}", unit="seq", leave=False, dynamic_ncols=True
+        )
+
+
+def factored(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Return the names of the linears of which a block's tensors hold factors."""
+    return [name.removesuffix(".u") for name in tensors if name.endswith(".u")]
+
+
+def seconds_left(folder: Path, *, done: int, count: int) -> float | None:
+    """Estimate the time that the blocks which are not done take, from the records of those that are."""
+    records = [file for block in range(done) for file in (folder / f"block_{block:03d}").glob("*.json")]
+    if not records:
+        return None
+    return round(sum(read_json(file)["seconds"] for file in records) / done * (count - done), 1)
+
+
+def statistics_of(
+    covariances: str, *, gradients: str | None, buckets: str | None, device: torch.device
+) -> dict[tuple[str, ...], objectives.Statistics]:
+    """Read what is known of a block's groups on the original side."""
+    captured = read_tensors(Path(covariances), device=device)
+    averaged = read_tensors(Path(buckets), device=device) if buckets else {}
+    differentiated = read_tensors(Path(gradients), device=device) if gradients else {}
+    found = {}
+    for key in captured:
+        if not key.startswith("gram:"):
+            continue
+        group = tuple(key.removeprefix("gram:").split("+"))
+        joined = "+".join(group)
+        found[group] = objectives.Statistics(
+            gram=unpack(captured[key]),
+            absolute=captured[f"absolute:{joined}"],
+            token_count=int(captured["token_count"]),
+            buckets=unpack(averaged[key]) if averaged else None,
+            squared={name: differentiated[f"squared:{name}"] for name in group} if differentiated else {},
+            outer={name: unpack(differentiated[f"outer:{name}"]) for name in group} if differentiated else {},
+        )
+    return found
+
+
+def load_model(folder: Path, settings: Mapping[str, Any]) -> tuple[PreTrainedModel, Any]:
+    """Load a model to be run whole, on this machine's device and in its float type, and its tokenizer."""
+    device = compute_device()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=compute_dtype(settings["dtype"], device)).to(
+        device
+    )
+    return model, AutoTokenizer.from_pretrained(folder)
+
+
+def model_folder(model: str) -> Path:
+    """Return the verified folder of a dense source.json or of a checkpoint's SHA256SUMS."""
+    path = Path(model)
+    if path.name == checkpoint.CHECKSUMS:
+        checkpoint.verify(path.parent)
+        return path.parent
+    source = blocks.Source(path)
+    for name in source.tensors:
+        source.read(name)
+    return source.folder

@@ -1,0 +1,187 @@
+"""Stages of the original side: what the dense model does with the calibration tokens."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer
+
+from aasvd import blocks, calibration, compress, gradients
+from aasvd.artifacts import Activations, read_table, write_tensors, writing_activations
+from aasvd.covariance import pack
+from aasvd.device import compute_device, compute_dtype
+from aasvd.stages.loading import Block
+from aasvd.stages.stage import PASSES, stage
+
+
+def sample_calibration(
+    *, source: str, text: str, output: str, settings: Mapping[str, Any], seed: int, log: str
+) -> None:
+    """Sample calibration tokens from a text."""
+    with stage("sample calibration", log=Path(log), record=None, advice=PASSES):
+        folder = blocks.Source(Path(source)).folder
+        tokens = calibration.sample(
+            read_table(Path(text)),
+            AutoTokenizer.from_pretrained(folder),
+            sequences=settings["sequences"],
+            tokens=settings["tokens"],
+            sampling=settings["sampling"],
+            seed=seed,
+            vocabulary=AutoConfig.from_pretrained(folder).get_text_config().vocab_size,
+        )
+        calibration.write_tokens(Path(output), tokens)
+
+
+def embed(
+    *, source: str, tokens: str, output: str, record: str, settings: Mapping[str, Any], log: str
+) -> None:
+    """Write what reaches the first block for the calibration tokens."""
+    with stage("embed", log=Path(log), record=Path(record), advice=PASSES):
+        model = blocks.Source(Path(source))
+        parts = blocks.skeleton(model.folder)
+        ids = calibration.read_tokens(Path(tokens))
+        dtype = compute_dtype(settings["dtype"], compute_device())
+        batches = list(torch.split(ids, settings["batch"]))
+        width = parts.model.config.get_text_config().hidden_size
+        with writing_activations(Path(output), shape=(*ids.shape, width), dtype=dtype) as append:
+            for hidden in blocks.embed(model, parts, batches, dtype=dtype):
+                append(hidden)
+
+
+def capture_block(
+    *,
+    source: str,
+    inputs: str,
+    outputs: str,
+    covariances: str,
+    record: str,
+    index: int,
+    settings: Mapping[str, Any],
+    log: str,
+) -> None:
+    """Run one original block: its outputs, and a covariance per group of linears that share an input."""
+    with stage(f"capture block {index}", log=Path(log), record=Path(record), advice=PASSES):
+        hidden = Activations(Path(inputs))
+        around = Block(source, index, settings, record=record)
+        arguments = around.arguments(hidden)
+        groups = around.groups(hidden, arguments)
+        bar = around.bar("capture originals", len(hidden))
+        with bar, writing_activations(Path(outputs), shape=hidden.shape, dtype=around.dtype) as append:
+
+            def on_output(batch: Tensor) -> None:
+                append(batch)
+                bar.update(len(batch))
+
+            captured = compress.capture_block(
+                around.original(),
+                groups,
+                inputs=hidden,
+                arguments=arguments,
+                batch=around.batch,
+                device=around.device,
+                on_output=on_output,
+            )
+        tensors = {"token_count": torch.tensor(hidden.shape[0] * hidden.shape[1])}
+        for group, found in zip(groups, captured, strict=True):
+            tensors[f"gram:{'+'.join(group)}"] = pack(found.gram)
+            tensors[f"absolute:{'+'.join(group)}"] = found.absolute
+        write_tensors(Path(covariances), tensors)
+
+
+def differentiate_head(
+    *,
+    source: str,
+    tokens: str,
+    hidden: str,
+    gradient: str,
+    record: str,
+    settings: Mapping[str, Any],
+    log: str,
+) -> None:
+    """Differentiate the dense model's loss with respect to what leaves its last block."""
+    with stage("differentiate head", log=Path(log), record=Path(record), advice=PASSES) as measured:
+        x = Activations(Path(hidden))
+        around = Block(source, 0, settings, record=record)
+        head = blocks.Head(around.source, around.parts, device=around.device, dtype=around.dtype)
+        ids = calibration.read_tokens(Path(tokens))[: settings["gradients"] or None]
+        # float32: a gradient is a sum of many small terms, and this file lives as long as one stage.
+        with writing_activations(
+            Path(gradient), shape=(len(ids), *x.shape[1:]), dtype=torch.float32
+        ) as append:
+            measured["loss"] = gradients.head_gradient(head, x, ids, on_gradient=append)
+
+
+def differentiate_block(
+    *,
+    source: str,
+    inputs: str,
+    upstream: str,
+    gradient: str,
+    statistics: str,
+    record: str,
+    index: int,
+    settings: Mapping[str, Any],
+    log: str,
+) -> None:
+    """Run one original block forward and backward: its linears' gradients, and that of its input."""
+    with stage(f"differentiate block {index}", log=Path(log), record=Path(record), advice=PASSES):
+        x, above = Activations(Path(inputs)), Activations(Path(upstream))
+        around = Block(source, index, settings, record=record)
+        arguments = around.arguments(x)
+        bar = around.bar("gradients", len(above))
+        with bar, writing_activations(Path(gradient), shape=above.shape, dtype=torch.float32) as append:
+
+            def on_gradient(batch: Tensor) -> None:
+                append(batch)
+                bar.update(len(batch))
+
+            found = gradients.block_gradients(
+                around.original(),
+                around.groups(x, arguments),
+                inputs=x,
+                upstream=above,
+                arguments=arguments,
+                device=around.device,
+                on_gradient=on_gradient,
+            )
+        tensors: dict[str, Tensor] = {}
+        for name, some in found.items():
+            tensors |= {f"squared:{name}": some.squared, f"norm:{name}": some.norm}
+            tensors[f"outer:{name}"] = pack(some.outer)
+        write_tensors(Path(statistics), tensors)
+
+
+def average_block(
+    *,
+    source: str,
+    inputs: str,
+    output: str,
+    record: str,
+    index: int,
+    buckets: int,
+    seed: int,
+    settings: Mapping[str, Any],
+    log: str,
+) -> None:
+    """Run one original block for the covariances of inputs averaged over buckets of sequences (AdaSVD)."""
+    with stage(f"average block {index}", log=Path(log), record=Path(record), advice=PASSES):
+        x = Activations(Path(inputs))
+        around = Block(source, index, settings, record=record)
+        arguments = around.arguments(x)
+        groups = around.groups(x, arguments)
+        # The same buckets in every block.
+        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
+        grams = compress.bucket_grams(
+            around.original(),
+            groups,
+            inputs=x,
+            buckets=[some.tolist() for some in order.chunk(buckets)],
+            arguments=arguments,
+            device=around.device,
+        )
+        write_tensors(
+            Path(output),
+            {f"gram:{'+'.join(group)}": pack(gram) for group, gram in zip(groups, grams, strict=True)},
+        )
