@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from aasvd import compress, methods, objectives, progress, refine
-from aasvd.artifacts import Activations, read_json, read_tensors, write_tensors, writing_activations
+from aasvd.artifacts import Activations, read_json, read_tensors, write_tensors
 from aasvd.stages.loading import Block, seconds_left, statistics_of
 from aasvd.stages.stage import PASSES, peak_memory_mb, stage
 
@@ -145,7 +145,7 @@ def propagate(
         x, y = Activations(Path(shifted)), Activations(Path(target))
         around = Block(source, index, calibration, record=record)
         block = around.compressed(read_tensors(Path(factors), device=around.device), around.dtype)
-        with writing_activations(Path(output), shape=x.shape, dtype=around.dtype) as append:
+        with around.writing(output, like=x, label="propagate") as append:
             measured["after"] = refine.distortion(
                 block,
                 inputs=x,

@@ -1,6 +1,7 @@
 """What several stages load: one block with its surroundings and statistics, or a whole model."""
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from aasvd import blocks, checkpoint, compress, objectives, progress
-from aasvd.artifacts import Activations, read_json, read_tensors
+from aasvd.artifacts import Activations, read_json, read_tensors, writing_activations
 from aasvd.covariance import unpack
 from aasvd.device import compute_device, compute_dtype
 
@@ -62,6 +63,20 @@ class Block:
         return progress.Bar(
             total=total, desc=f"{self.label}: {label}", unit="seq", leave=False, dynamic_ncols=True
         )
+
+    @contextlib.contextmanager
+    def writing(
+        self, file: str, *, like: Activations, label: str, dtype: torch.dtype | None = None
+    ) -> Iterator[Callable[[Tensor], None]]:
+        """Write activations shaped like others, with a progress bar: yield what appends a batch of them."""
+        bar = self.bar(label, len(like))
+        with bar, writing_activations(Path(file), shape=like.shape, dtype=dtype or self.dtype) as append:
+
+            def append_and_show(batch: Tensor) -> None:
+                append(batch)
+                bar.update(len(batch))
+
+            yield append_and_show
 
 
 def factored(tensors: Mapping[str, Tensor]) -> list[str]:

@@ -67,13 +67,7 @@ def capture_block(
         around = Block(source, index, settings, record=record)
         arguments = around.arguments(hidden)
         groups = around.groups(hidden, arguments)
-        bar = around.bar("capture originals", len(hidden))
-        with bar, writing_activations(Path(outputs), shape=hidden.shape, dtype=around.dtype) as append:
-
-            def on_output(batch: Tensor) -> None:
-                append(batch)
-                bar.update(len(batch))
-
+        with around.writing(outputs, like=hidden, label="capture originals") as append:
             captured = compress.capture_block(
                 around.original(),
                 groups,
@@ -81,7 +75,7 @@ def capture_block(
                 arguments=arguments,
                 batch=around.batch,
                 device=around.device,
-                on_output=on_output,
+                on_output=append,
             )
         tensors = {"token_count": torch.tensor(hidden.shape[0] * hidden.shape[1])}
         for group, found in zip(groups, captured, strict=True):
@@ -130,13 +124,7 @@ def differentiate_block(
         x, above = Activations(Path(inputs)), Activations(Path(upstream))
         around = Block(source, index, settings, record=record)
         arguments = around.arguments(x)
-        bar = around.bar("gradients", len(above))
-        with bar, writing_activations(Path(gradient), shape=above.shape, dtype=torch.float32) as append:
-
-            def on_gradient(batch: Tensor) -> None:
-                append(batch)
-                bar.update(len(batch))
-
+        with around.writing(gradient, like=above, label="gradients", dtype=torch.float32) as append:
             found = gradients.block_gradients(
                 around.original(),
                 around.groups(x, arguments),
@@ -144,7 +132,7 @@ def differentiate_block(
                 upstream=above,
                 arguments=arguments,
                 device=around.device,
-                on_gradient=on_gradient,
+                on_gradient=append,
             )
         tensors: dict[str, Tensor] = {}
         for name, some in found.items():
