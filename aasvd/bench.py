@@ -23,7 +23,7 @@ import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from aasvd import evaluate, params
+from aasvd import evaluate, params, refine
 from aasvd.device import compute_dtype
 
 REPOSITORY = Path(__file__).parent.parent
@@ -196,9 +196,7 @@ def benchmark(repository_config: Mapping[str, Any], name: str) -> dict[str, Any]
     stages: dict[str, list[float]] = {}
     for record in found:
         stages.setdefault(record["stage"].split(" block", 1)[0], []).append(record["seconds"])
-    recipe, sequences = config["refinement"], CALIBRATION["sequences"] * config["refinement"]["epochs"]
-    if recipe["steps"]:
-        sequences = min(sequences, recipe["steps"] * recipe["batch"])
+    sequences = refine.Recipe(**config["refinement"]).visits(CALIBRATION["sequences"])
     work = 6 * result["parameters"]["linears"]["compressed"] * sequences * CALIBRATION["tokens"]
     return {
         "seconds": total,

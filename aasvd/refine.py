@@ -50,6 +50,16 @@ class Recipe(NamedTuple):
     shuffle: bool
     loss: str
 
+    def step_count(self, sequences: int) -> int:
+        """Return how many steps the refinement takes, given so many sequences."""
+        steps = self.epochs * math.ceil(sequences / self.batch)
+        return min(steps, self.steps) if self.steps else steps
+
+    def visits(self, sequences: int) -> int:
+        """Return how many sequences those steps visit, each as often as it is visited."""
+        epochs, rest = divmod(self.step_count(sequences), math.ceil(sequences / self.batch))
+        return epochs * sequences + rest * self.batch
+
 
 def schedule(step: int, steps: int) -> float:
     """Return the learning rate of a step relative to its peak: linear warm-up, then cosine to a floor."""
@@ -74,8 +84,8 @@ def refine(
     """Train all parameters of a block, in place, to map shifted inputs to original outputs.
 
     Paper: the loss is the mean squared error over all elements. Here: `recipe.loss` says.
-    Paper: warm-up starts at
-    exactly 0, so its first step does nothing. Here: it starts at the first step's share of the peak.
+    Paper: warm-up starts at exactly 0, so its first step does nothing. Here: it starts at the first step's
+    share of the peak.
 
     Args:
         block: A compressed block on `device`, float32.
@@ -100,9 +110,7 @@ def refine(
     working = list(working_block.parameters())
     optimizers = _optimizers(masters, recipe)
     per_epoch = math.ceil(len(inputs) / recipe.batch)
-    steps = recipe.epochs * per_epoch
-    if recipe.steps:
-        steps = min(steps, recipe.steps)
+    steps = recipe.step_count(len(inputs))
     trace: list[float] = []
     for start in range(0, steps, per_epoch):
         order = _order(len(inputs), shuffle=recipe.shuffle, generator=generator)

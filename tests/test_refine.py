@@ -73,6 +73,19 @@ class Task(NamedTuple):
         )
 
 
+class Listed(Activations):
+    """Activations that list which of their sequences were read."""
+
+    def __init__(self, others: Activations) -> None:
+        self.__dict__ |= vars(others)
+        self.order: list[int] = []
+
+    def read(self, sequences: list[int]) -> Tensor:
+        """Read, and remember what."""
+        self.order += sequences
+        return super().read(sequences)
+
+
 def state(block: nn.Module) -> dict[str, Tensor]:
     return {name: parameter.detach().clone() for name, parameter in block.named_parameters()}
 
@@ -290,6 +303,19 @@ def test_a_limit_on_steps_ends_the_last_epoch_early(task_of: Callable[[str, torc
     assert len(task.refine(RECIPE._replace(steps=10_000))[1]) == RECIPE.epochs
 
 
+@pytest.mark.parametrize("limit", [0, 1, 2, 3, 4, 8, 100])
+def test_the_recipe_knows_how_many_sequences_are_visited(tmp_path: Path, limit: int) -> None:
+    """Five sequences in batches of two: each epoch's last batch is a short one."""
+    task = affine(tmp_path)
+    inputs = Listed(task.inputs)
+    recipe = RECIPE._replace(epochs=3, batch=2, steps=limit)
+    steps: list[tuple[int, int, float]] = []
+    task._replace(inputs=inputs).refine(recipe, steps=steps)
+    assert recipe.visits(len(inputs)) == len(inputs.order)
+    assert recipe.step_count(len(inputs)) == len(steps)
+    assert recipe._replace(epochs=0).visits(len(inputs)) == 0
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_block_is_trained_in_place_and_ends_in_float32_without_gradients(
     task_of: Callable[[str, torch.dtype], Task], dtype: torch.dtype
@@ -378,18 +404,9 @@ def test_same_seed_gives_the_same_bytes_whatever_the_global_state(llama: Task) -
 def test_order_comes_from_the_generator_alone(llama: Task) -> None:
     orders: dict[tuple[bool, int], list[int]] = {}
 
-    class Listed(Activations):
-        def __init__(self) -> None:
-            self.__dict__ |= vars(llama.inputs)
-            self.order: list[int] = []
-
-        def read(self, sequences: list[int]) -> Tensor:
-            self.order += sequences
-            return super().read(sequences)
-
     for shuffle in (True, False):
         for seed in (0, 1):
-            inputs = Listed()
+            inputs = Listed(llama.inputs)
             llama._replace(inputs=inputs).refine(
                 RECIPE._replace(shuffle=shuffle, epochs=2, batch=3), seed=seed
             )

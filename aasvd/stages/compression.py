@@ -99,9 +99,8 @@ def refine_block(
         some: dict[str, Any] = {"batch": around.batch, "batches": math.ceil(_MEASURED / around.batch)}
         measured["before"] = refine.distortion(solved_block, **streams, **some)
         block = around.compressed(factors, torch.float32)
-        visits = refinement["epochs"] * len(x)
-        if refinement["steps"]:
-            visits = min(visits, refinement["steps"] * refinement["batch"])
+        recipe = refine.Recipe(**refinement)
+        visits = recipe.visits(len(x))
         with around.bar("refine", visits) as bar:
 
             def on_step(step: int, steps: int, loss: float) -> None:
@@ -112,15 +111,14 @@ def refine_block(
             measured["losses"] = refine.refine(
                 block,
                 **streams,
-                recipe=refine.Recipe(**refinement),
+                recipe=recipe,
                 dtype=around.dtype,
                 # A generator per block: a resumed run continues as an uninterrupted one would.
                 generator=torch.Generator().manual_seed(seed * 1_000_003 + index),
                 on_step=on_step,
             )
         measured["refined"] = refine.distortion(copy.deepcopy(block).to(around.dtype), **streams, **some)
-        kind = refinement["loss"]
-        if measured["refined"][kind] >= measured["before"][kind]:
+        if measured["refined"][recipe.loss] >= measured["before"][recipe.loss]:
             # Too few steps for the learning rate: better the start than a block that training made worse.
             _logger.warning("refinement did not bring block %d closer, so its solved factors stay", index)
             block = around.compressed(factors, torch.float32)
