@@ -5,10 +5,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aasvd.artifacts import Activations
+from aasvd.refine import Distance
 
 OUTPUT = "output"  # stands for the block's own output among the names of linears
 
@@ -38,28 +38,17 @@ def layer_errors(
         device: Where the blocks are.
 
     Returns:
-        Per linear, and as `output` for the block: `mse`, the mean over elements, and `cosine`, the mean over
-        tokens of 1 - cosine similarity.
+        The means of `refine.Distance` per linear, and as `output` for the block.
     """
     dtype = next(original.parameters()).dtype
-    sums = {name: {"squared": 0.0, "cosine": 0.0, "tokens": 0, "width": 0} for name in [*names, OUTPUT]}
+    distances = {name: Distance() for name in [*names, OUTPUT]}
     with _outputs(original, names) as wanted, _outputs(compressed, names) as found:
         for x, x_shifted in zip(inputs.batches(batch), shifted.batches(batch), strict=True):
             wanted[OUTPUT] = original(x.to(device, dtype), **arguments)
             found[OUTPUT] = compressed(x_shifted.to(device, dtype), **arguments)
-            for name, total in sums.items():
-                a, b = (side[name].float().flatten(0, -2) for side in (wanted, found))
-                total["squared"] += float((a - b).square().sum(dtype=torch.float64))
-                total["cosine"] += float((1 - F.cosine_similarity(a, b, dim=-1)).sum(dtype=torch.float64))
-                total["tokens"] += len(a)
-                total["width"] = a.shape[1]
-    return {
-        name: {
-            "mse": total["squared"] / (total["tokens"] * total["width"]),
-            "cosine": total["cosine"] / total["tokens"],
-        }
-        for name, total in sums.items()
-    }
+            for name, distance in distances.items():
+                distance.add(found[name], wanted[name])
+    return {name: distance.means() for name, distance in distances.items()}
 
 
 @contextlib.contextmanager

@@ -193,6 +193,36 @@ def _copy_weights(masters: list[Tensor], working: list[nn.Parameter]) -> None:
             parameter.copy_(master)
 
 
+class Distance:
+    """How far outputs lie from the wanted ones, summed over batches of them."""
+
+    def __init__(self) -> None:
+        """Start with no outputs."""
+        self._squared, self._relative, self._cosine = 0.0, 0.0, 0.0
+        self._tokens, self._elements = 0, 0
+
+    def add(self, found: Tensor, wanted: Tensor) -> None:
+        """Add outputs, (..., width)."""
+        found, wanted = found.float(), wanted.float()
+        self._squared += float((found - wanted).square().sum(dtype=torch.float64))
+        self._relative += float(_relative(found, wanted).sum(dtype=torch.float64))
+        self._cosine += float((1 - F.cosine_similarity(found, wanted, dim=-1)).sum(dtype=torch.float64))
+        self._tokens += found.shape[:-1].numel()
+        self._elements += found.numel()
+
+    def means(self) -> dict[str, float]:
+        """Return the means over all outputs.
+
+        `mse` is the mean over elements; `relative` the mean over tokens of the squared error relative to the
+        wanted output's squared norm; `cosine` the mean over tokens of 1 - cosine similarity.
+        """
+        return {
+            "mse": self._squared / self._elements,
+            "relative": self._relative / self._tokens,
+            "cosine": self._cosine / self._tokens,
+        }
+
+
 @torch.inference_mode()
 def distortion(
     block: nn.Module,
@@ -218,27 +248,18 @@ def distortion(
         on_output: Called with each batch of outputs.
 
     Returns:
-        `mse`, the mean over elements; `relative`, the mean over tokens of the squared error relative to the
-        target's squared norm; and `cosine`, the mean over tokens of 1 - cosine similarity.
+        The means of `Distance`.
 
     Raises:
         ValueError: If an output is not finite.
     """
     dtype = next(block.parameters()).dtype
-    squared, relative, cosine, tokens = 0.0, 0.0, 0.0, 0
+    distance = Distance()
     pairs = zip(inputs.batches(batch), targets.batches(batch), strict=True)
     for shifted, original in itertools.islice(pairs, batches):
         output = block(shifted.to(device, dtype), **arguments)
         if not torch.isfinite(output).all():
             raise ValueError("the block's output is not finite")
         on_output(output)
-        found, wanted = output.float(), original.to(device).float()
-        squared += float((found - wanted).square().sum(dtype=torch.float64))
-        relative += float(_relative(found, wanted).sum(dtype=torch.float64))
-        cosine += float((1 - F.cosine_similarity(found, wanted, dim=-1)).sum(dtype=torch.float64))
-        tokens += found.shape[0] * found.shape[1]
-    return {
-        "mse": squared / (tokens * targets.shape[2]),
-        "relative": relative / tokens,
-        "cosine": cosine / tokens,
-    }
+        distance.add(output, original.to(device))
+    return distance.means()

@@ -42,5 +42,7 @@ def test_errors_are_those_of_each_layers_outputs(tmp_path: Path, name: str) -> N
     for linear, errors in found.items():
         a, b = (whole[side, linear].double().flatten(0, -2) for side in (False, True))
         assert errors["mse"] == pytest.approx(float((a - b).square().mean()), rel=1e-4)
+        relative = (a - b).square().sum(-1) / a.square().sum(-1)
+        assert errors["relative"] == pytest.approx(float(relative.mean()), rel=1e-4)
         cosine = (a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1))
         assert errors["cosine"] == pytest.approx(float(1 - cosine.mean()), rel=1e-3, abs=1e-6)
