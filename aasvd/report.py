@@ -211,8 +211,9 @@ def write_curves(rows: Sequence[Mapping[str, Any]], *, output: Path, title: str)
     with figures.drawing(output, width=width, height=5) as figure:
         panels = figure.subplots(1, max(1, len(texts)), squeeze=False)[0]
         for axes, text in zip(panels, texts, strict=False):
+            known = [row for row in rows if row.get(text) is not None]
             for method, variant in lines:
-                own = [r for r in rows if (r["method"], r["variant"]) == (method, variant) and text in r]
+                own = [r for r in known if (r["method"], r["variant"]) == (method, variant)]
                 points = sorted((row["ratio"], row[text]) for row in own)
                 axes.plot(
                     [ratio for ratio, _ in points],
@@ -224,8 +225,8 @@ def write_curves(rows: Sequence[Mapping[str, Any]], *, output: Path, title: str)
                     linewidth=1.3,
                     label=" ".join(filter(None, (method, variant))),
                 )
-            for row in rows:
-                if row["ratio"] == 1 and text in row:
+            for row in known:
+                if row["ratio"] == 1:
                     axes.axhline(row[text], color="black", linewidth=0.8, label="dense")
             axes.set_xlabel("retained-parameter ratio")
             axes.set_ylabel(text)

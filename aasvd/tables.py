@@ -12,7 +12,7 @@ _STYLE = (
     "body{font:15px/1.5 sans-serif;margin:2em}"
     "table{border-collapse:collapse}"
     "td,th{padding:.3em 1em;text-align:right;border-bottom:1px solid #ddd}"
-    "td:first-child,th:first-child{text-align:left}"
+    ".name{text-align:left}"
     "tr.group td{border-top:2px solid #888}"
 )
 _LATEX = str.maketrans(
@@ -30,10 +30,11 @@ class Table(NamedTuple):
 
     Attributes:
         title: One line.
-        columns: Heads; the first column holds names and is set flush left.
+        columns: Heads.
         rows: Cells as text, as many per row as there are columns.
         notes: Sentences: what the text above the table says.
         groups: Numbers of rows before which a rule is drawn.
+        names: How many columns, from the first, hold names and are set flush left.
     """
 
     title: str
@@ -41,12 +42,20 @@ class Table(NamedTuple):
     rows: Sequence[Sequence[str]]
     notes: Sequence[str] = ()
     groups: Sequence[int] = ()
+    names: int = 1
 
     def html(self) -> str:
         """Return the table as a page of its own."""
+        return page(self.title, self.section())
+
+    def section(self) -> str:
+        """Return the table as a part of an HTML page, with its title and notes."""
 
         def line(cells: Sequence[str], tag: str = "td", attributes: str = "") -> str:
-            inner = "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells)
+            kinds = [' class="name"' if column < self.names else "" for column in range(len(cells))]
+            inner = "".join(
+                f"<{tag}{kind}>{html.escape(cell)}</{tag}>" for kind, cell in zip(kinds, cells, strict=True)
+            )
             return f"<tr{attributes}>{inner}</tr>"
 
         body = "\n".join(
@@ -55,11 +64,7 @@ class Table(NamedTuple):
         )
         title = html.escape(self.title)
         notes = "".join(f"<p>{html.escape(note)}</p>" for note in self.notes)
-        return (
-            f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>'
-            f"<style>{_STYLE}</style>"
-            f"<h1>{title}</h1>{notes}<table>{line(self.columns, 'th')}\n{body}\n</table></html>\n"
-        )
+        return f"<h1>{title}</h1>{notes}<table>{line(self.columns, 'th')}\n{body}\n</table>"
 
     def markdown(self) -> str:
         """Return the table in GitHub's Markdown."""
@@ -67,7 +72,8 @@ class Table(NamedTuple):
         def line(cells: Sequence[str]) -> str:
             return "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"
 
-        rule = "| " + " | ".join(["---", *["---:"] * (len(self.columns) - 1)]) + " |"
+        kinds = [*["---"] * self.names, *["---:"] * (len(self.columns) - self.names)]
+        rule = "| " + " | ".join(kinds) + " |"
         notes = [part for note in self.notes for part in (note, "")]
         lines = [f"## {self.title}", "", *notes, line(self.columns), rule, *map(line, self.rows)]
         return "\n".join(lines) + "\n"
@@ -85,7 +91,7 @@ class Table(NamedTuple):
         lines = [
             r"\begin{table}",
             r"\centering",
-            r"\begin{tabular}{l" + "r" * (len(self.columns) - 1) + "}",
+            r"\begin{tabular}{" + "l" * self.names + "r" * (len(self.columns) - self.names) + "}",
             r"\toprule",
             line(self.columns),
             r"\midrule",
@@ -103,7 +109,7 @@ class Table(NamedTuple):
         widths = [max(len(row[column]) for row in table) for column in range(len(self.columns))]
         lines = [
             "  ".join(
-                f"{cell:<{width}}" if column == 0 else f"{cell:>{width}}"
+                f"{cell:<{width}}" if column < self.names else f"{cell:>{width}}"
                 for column, (cell, width) in enumerate(zip(row, widths, strict=True))
             )
             for row in table
@@ -126,6 +132,14 @@ class Table(NamedTuple):
                 raise ValueError(f"{output}: a table can be written as {', '.join(formats)}")
             with replacing(output) as temporary:
                 temporary.write_text(formats[output.suffix]())
+
+
+def page(title: str, *sections: str) -> str:
+    """Return an HTML page of parts that are HTML already."""
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        f"<style>{_STYLE}</style>{''.join(sections)}</html>\n"
+    )
 
 
 def number(value: float | None, digits: int = 2) -> str:

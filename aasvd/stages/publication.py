@@ -137,7 +137,8 @@ def compare(
             notes=[
                 "Ratios are shares kept of the blocks' linears (kept_linears) and of all parameters "
                 "(kept_model). Seconds are those of all stages that a run uses, shared ones too, "
-                "measurements left out. Drop is the share of the dense average accuracy that is lost.",
+                "measurements left out. Averages of accuracy are over the tasks measured on both models; "
+                "drop is the share of the dense one that is lost. A measurement that failed is –.",
                 theirs["note"],
             ],
             figure=Path(figure),
