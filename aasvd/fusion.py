@@ -27,10 +27,9 @@ class _Latents(NamedTuple):
 class Stacked:
     """The stacked weight of layers that read the same tensor.
 
-    It steps aside, and each layer computes its own latents, where gradients are recorded, under
-    compilers, for tensors of inference mode (which do not tell when they were written to), for one token in
-    float32 on a CPU, and for ever
-    once a layer's parameter was replaced or moved.
+    It steps aside, and each layer computes its own latents, where gradients are recorded, under compilers,
+    for tensors of inference mode (which do not tell when they were written to), for one token in float32 on
+    a CPU, and for ever once a layer's parameter was replaced or moved.
     """
 
     def __init__(self, layers: Sequence[CompressedLinear]) -> None:

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from aasvd import adapt, blocks, calibration, checkpoint
+from aasvd import adapt, blocks, calibration, checkpoint, progress
 from aasvd.artifacts import read_json, read_tensors, write_tensors
 from aasvd.device import compute_device
 from aasvd.formats import FORMATS, format_name
@@ -118,11 +118,12 @@ def adapt_model(
     with stage("adapt", log=Path(log), record=Path(record), advice="lower post.batch") as measured:
         ids = calibration.read_tokens(Path(tokens))
         model, _ = load_model(model_folder(checksums), calibration_settings)
-        with tqdm(desc="post-step", unit="step", leave=False, dynamic_ncols=True) as bar:
+        with progress.Bar(desc="post-step", unit="step", leave=False, dynamic_ncols=True) as bar:
 
             def on_step(step: int, steps: int, loss: float) -> None:
                 bar.total = steps
                 bar.set_postfix_str(f"loss {loss:.4g}", refresh=False)
+                progress.report(loss=loss, step=step, steps=steps)
                 bar.update(step - bar.n)
 
             measured["losses"] = adapt.adapt(
