@@ -452,7 +452,13 @@ def find_measurement(config: Config, *, model: str, measurement: str) -> Run:
     Raises:
         ValueError: If none does.
     """
+    tried = []
     for run in _runs(config, model, "r0.5"):
+        # Names by the hundred, which measure in a handful of ways.
+        way = (run.settings["evaluation"], run.settings["calibration"]["dtype"])
+        if way in tried:
+            continue
+        tried.append(way)
         if any(
             f"{name}-{key_of(made)}" == measurement
             for name, made in evaluation_ingredients(config, run).items()

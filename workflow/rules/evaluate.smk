@@ -10,11 +10,14 @@ def subject_model(wildcards):
     return f"{paths_by_name(find_run(wildcards.model, kind, key).name).checkpoint}/SHA256SUMS"
 
 
+find_measurement = functools.cache(
+    lambda model, measurement: checked(params.find_measurement, config, model=model, measurement=measurement)
+)
+
+
 def measured_settings(name):
     """A function that gives a rule the settings of the run that asks for a measurement."""
-    return lambda w: checked(
-        params.find_measurement, config, model=w.model, measurement=name.format(**w)
-    ).settings
+    return lambda w: find_measurement(w.model, name.format(**w)).settings
 
 
 rule perplexity:
