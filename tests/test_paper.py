@@ -44,11 +44,6 @@ def finished_copy(tmp_path_factory: pytest.TempPathFactory) -> Copy:
     return copy
 
 
-@pytest.fixture
-def another(finished_copy: Copy, tmp_path: Path) -> Copy:
-    return finished_copy.duplicate(tmp_path / "another")
-
-
 # --- watching a run ---------------------------------------------------------------------------------------
 
 

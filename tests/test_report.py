@@ -3,11 +3,11 @@ import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pages import cells
 
 from aasvd import report
 
@@ -78,22 +78,6 @@ def test_model_card_holds_nothing_that_changes_between_runs() -> None:
     assert report.model_card(**CARD) == report.model_card(**{**CARD, "result": slower})
 
 
-class _Cells(HTMLParser):
-    def __init__(self) -> None:
-        super().__init__()
-        self.rows: list[list[str]] = []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        if tag == "tr":
-            self.rows.append([])
-        elif tag in ("td", "th"):
-            self.rows[-1].append("")
-
-    def handle_data(self, data: str) -> None:
-        if self.rows and self.rows[-1]:
-            self.rows[-1][-1] += data.strip()
-
-
 EXPECTED = [
     ["perplexity wikitext2", "21.24", "51.20"],
     ["accuracy piqa", "68.4 ± 1.1 %", "60.5 ± 1.1 %"],
@@ -116,9 +100,7 @@ def test_terminal_table_shows_dense_beside_compressed() -> None:
 def test_page_holds_the_same_table_and_escapes_names(tmp_path: Path) -> None:
     report.write_table(RESULT, output=tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
-    cells = _Cells()
-    cells.feed(page)
-    assert cells.rows == [["", "dense", "compressed"], *EXPECTED]
+    assert cells(page) == [["", "dense", "compressed"], *EXPECTED]
     assert "a&lt;b" in page and "a<b" not in page
     assert "no &lt;network&gt;" in page
 

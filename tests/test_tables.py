@@ -1,7 +1,7 @@
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from pages import cells
 
 from aasvd.tables import Table, number, percent
 
@@ -10,28 +10,10 @@ TABLE = Table(
 )
 
 
-class _Cells(HTMLParser):
-    def __init__(self) -> None:
-        super().__init__()
-        self.rows: list[list[str]] = []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        if tag == "tr":
-            self.rows.append([])
-        elif tag in ("td", "th"):
-            self.rows[-1].append("")
-
-    def handle_data(self, data: str) -> None:
-        if self.rows and self.rows[-1]:
-            self.rows[-1][-1] += data.strip()
-
-
 def test_every_format_holds_every_cell(tmp_path: Path) -> None:
     files = [tmp_path / f"table.{ending}" for ending in ("html", "md", "tex", "txt")]
     TABLE.write(*files)
-    cells = _Cells()
-    cells.feed(files[0].read_text())
-    assert cells.rows == [list(TABLE.columns), *map(list, TABLE.rows)]
+    assert cells(files[0].read_text()) == [list(TABLE.columns), *map(list, TABLE.rows)]
     markdown = files[1].read_text().splitlines()
     assert markdown[-4:] == [
         "| run | a\\|b | ± |",

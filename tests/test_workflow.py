@@ -43,12 +43,6 @@ def finished_copy(tmp_path_factory: pytest.TempPathFactory) -> Copy:
     return copy
 
 
-@pytest.fixture
-def another(finished_copy: Copy, tmp_path: Path) -> Copy:
-    """A copy of the finished run, with its artifacts, to be changed."""
-    return finished_copy.duplicate(tmp_path / "another")
-
-
 def artifacts(copy: Copy, pattern: str = "**/*") -> dict[str, tuple[int, int]]:
     """Return when each artifact of a pattern was written, and its file number."""
     return {
