@@ -141,12 +141,19 @@ def parse_run(config: Config, name: str) -> Run:
     """Return the run of a folder name `<model>_r<ratio>[_<method or variant>][_<variant>]`, or of `default`.
 
     Raises:
-        ValueError: If the name has another form, its model, method or variant is unknown, or its ratio is
-            not in (0, 1).
+        ValueError: If the name has another form, its model, method or variant is unknown, its ratio is not
+            in (0, 1), or its settings do not go together.
     """
+    run = _read_run(config, name)
+    if conflict := _conflict(run.settings):
+        raise ValueError(f"run {name!r}: {conflict}")
+    return run
+
+
+def _read_run(config: Config, name: str) -> Run:
     if name == DEFAULT:
         named = f"{config['model']}_r{float(config['compression']['ratio'])}"
-        return parse_run(config, named)._replace(name=name)
+        return _read_run(config, named)._replace(name=name)
     match = RUN.fullmatch(name)
     if match is None:
         raise ValueError(f"run {name!r} must have the form <model>_r<ratio>[_<method>][_<variant>]")
@@ -163,18 +170,23 @@ def parse_run(config: Config, name: str) -> Run:
         choose(part, known, "variant" if method else "method or variant")
     overrides = [choose(part, config["variants"], "variant") for part in variants]
     settings = _settings(config, method, overrides)
-    if settings["compression"]["storage"] == "remapped" and settings["compression"]["precision"] == "int8":
-        raise ValueError(
-            f"run {name!r}: compression.precision int8 does not go with compression.storage remapped, "
+    return Run(name, match["model"], float(match["ratio"]), settings)
+
+
+def _conflict(settings: Mapping[str, Any]) -> str | None:
+    """Return why settings do not go together, or None where they do."""
+    storage, eight_bit = settings["compression"]["storage"], settings["compression"]["precision"] == "int8"
+    if storage == "remapped" and eight_bit:
+        return (
+            "compression.precision int8 does not go with compression.storage remapped, "
             "which has 8 bit already"
         )
-    eight_bit = settings["compression"]["precision"] == "int8"
-    if settings["post"]["epochs"] and (settings["compression"]["storage"] != "factors" or eight_bit):
-        raise ValueError(
-            f"run {name!r}: the post-step trains U and V, so it needs compression.storage factors and "
+    if settings["post"]["epochs"] and (storage != "factors" or eight_bit):
+        return (
+            "the post-step trains U and V, so it needs compression.storage factors and "
             "another compression.precision than int8"
         )
-    return Run(name, match["model"], float(match["ratio"]), settings)
+    return None
 
 
 def named_runs(words: Iterable[str]) -> list[str]:
@@ -443,7 +455,10 @@ def _runs(config: Config, model: str, ratio: str) -> Iterable[Run]:
     methods = [f"_{name}" for name in config["methods"]]
     for names in (["", *methods, *variants], itertools.product([*methods, *variants], variants)):
         for parts in names:
-            yield parse_run(config, f"{model}_{ratio}{''.join(parts)}")
+            run = _read_run(config, f"{model}_{ratio}{''.join(parts)}")
+            # No run has such a name, but others have each part of it.
+            if _conflict(run.settings) is None:
+                yield run
 
 
 def find_measurement(config: Config, *, model: str, measurement: str) -> Run:

@@ -516,6 +516,24 @@ def test_runs_are_found_again_by_their_keys(local: Config) -> None:
         assert measurement in params.Paths(local, found).measurements()
 
 
+def test_names_that_no_run_can_have_do_not_hide_the_runs_behind_them(local: Config) -> None:
+    variants = {
+        "eight": {"compression": {"precision": "int8"}},
+        "remapped": {"compression": {"storage": "remapped"}},
+        "seven": {"seed": 7},
+        "eager": {"compression": {"ridge": 0.125}},
+    }
+    config = {**local, "variants": variants}
+    with pytest.raises(ValueError, match="int8 does not go with"):
+        params.parse_run(config, "mine_r0.6_eight_remapped")
+    run = params.parse_run(config, "mine_r0.6_seven_eager")
+    made = params.Paths(config, run)
+    found = params.find_run(
+        config, model="mine", calibration=made.calibration.name, compression=made.compressed.name
+    )
+    assert found.settings == run.settings
+
+
 def test_keys_of_other_parameters_are_refused(local: Config) -> None:
     made = paths(local)
     with pytest.raises(ValueError, match=r"made with other parameters \(see key\.json"):
