@@ -302,7 +302,7 @@ ORIGINAL = COMPRESSED | {"calibration", "original"}
         ("compression", "buckets", 7, set()),
         ("compression", "probe", 7, set()),
         ("compression", "ranks_file", "nowhere", set()),
-        ("compression", "allocation", "optimal", COMPRESSED),
+        ("compression", "allocation", "uniform", COMPRESSED),
         ("post", "rank", 3, set()),
         ("refinement", "epochs", 3, COMPRESSED),
         ("refinement", "batch", 3, COMPRESSED),
@@ -349,8 +349,8 @@ def test_every_shipped_method_makes_a_run(config: Config) -> None:
 
 
 def test_methods_that_do_the_same_share_their_artifacts(local: Config) -> None:
-    plain = {"compression": {"storage": "factors"}, "refinement": {"epochs": 0}}
-    local["variants"]["plain"] = plain
+    compression = {"objective": "input_aware", "allocation": "uniform", "storage": "factors"}
+    local["variants"]["plain"] = {"compression": compression, "refinement": {"epochs": 0}}
     same = [where(paths(local, f"mine_r0.6_{name}")) for name in ("drone", "svd-llm-w", "aasvd_plain")]
     assert same[0] == same[1] == same[2]
 
@@ -358,7 +358,7 @@ def test_methods_that_do_the_same_share_their_artifacts(local: Config) -> None:
 def test_only_shifted_or_refined_blocks_are_passed_through(config: Config) -> None:
     for name, expected in {
         "svd-llm-w": ["solve"],
-        "loss-aware_norefine": ["solve"],
+        "norefine": ["solve"],
         "dobi-svd": ["solve", "propagate"],
         "svd_refine": ["solve", "refine", "propagate"],
         "anchored_norefine": ["solve", "propagate"],

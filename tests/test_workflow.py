@@ -282,15 +282,15 @@ def test_methods_on_original_inputs_cost_no_pass(another: Copy) -> None:
         assert ran["solve_block"] == BLOCKS * len(targets)
         assert ran["perplexity"] == len(targets)
     # Gradients are made when a method asks for them, once, and never again.
-    first = Counter(finished(another.make("--", "results/tiny_r0.6_loss-aware_norefine/eval.json")))
+    first = Counter(finished(another.make("--", "results/tiny_r0.6_norefine/eval.json")))
     assert set(first) == alone | {"differentiate_head", "differentiate_block", "measure_block"}
-    again = Counter(finished(another.make("--", "results/tiny_r0.5_loss-aware_norefine/eval.json")))
+    again = Counter(finished(another.make("--", "results/tiny_r0.5_norefine/eval.json")))
     assert set(again) == alone
     fisher = Counter(finished(another.make("--", "results/tiny_r0.6_fwsvd/eval.json")))
     assert set(fisher) == alone
     # Equal methods share everything but the folder that people look at.
     assert finished(another.make("--", "results/tiny_r0.6_drone/eval.json")) == ["publish"]
-    seconds = another.evaluation("tiny_r0.6_loss-aware_norefine")["seconds"]
+    seconds = another.evaluation("tiny_r0.6_norefine")["seconds"]
     assert {"differentiate", "differentiate head", "measure", "allocate"} <= set(seconds)
 
 
