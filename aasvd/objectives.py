@@ -106,16 +106,20 @@ def _whitened(gram: Tensor, statistics: Statistics, options: Options) -> Solver:
     def solve(_name: str, weight: Tensor, rank: int) -> Solved:
         found = target(weight.shape[0] > weight.shape[1])
         factors = factorize(weight, found, rank=rank)
-        return Solved(factors, _report(factors, found, weight, original=gram))
+        if options.ridge:
+            error = relative_error(weight, factors.u @ factors.v, original=gram)
+        else:
+            # What is lost is the tail of the spectrum: three large products less.
+            lost, whole = factors.spectrum[rank:].sum(), factors.spectrum.sum()
+            error = (lost / whole.clamp_min(torch.finfo(whole.dtype).tiny)).sqrt().item()
+        return Solved(factors, _report(factors, found, error))
 
     return solve
 
 
-def _report(
-    factors: Factors, target: Target, weight: Tensor, **grams: Tensor | None
-) -> dict[str, float | int | None]:
+def _report(factors: Factors, target: Target, error: float) -> dict[str, float | int | None]:
     return {
-        "relative_error": relative_error(weight, factors.u @ factors.v, **grams),  # type: ignore[arg-type]
+        "relative_error": error,
         "energy_kept": factors.kept,
         "directions_dropped": target.dropped,
         "cutoff": target.cutoff,
@@ -222,8 +226,14 @@ def blended(statistics: Statistics, options: Options) -> Solver:
 def _solve_blended(statistics: Statistics, target: Target, _name: str, weight: Tensor, rank: int) -> Solved:
     factors = factorize(weight, target, rank=rank)
     # Each objective's own error is against W X here: what the original layer gives.
-    grams = {"original": statistics.gram, "cross_gram": statistics.cross, "shifted": statistics.shifted}
-    return Solved(factors, _report(factors, target, weight, **grams))
+    error = relative_error(
+        weight,
+        factors.u @ factors.v,
+        original=statistics.gram,
+        cross_gram=statistics.cross,
+        shifted=statistics.shifted,
+    )
+    return Solved(factors, _report(factors, target, error))
 
 
 def saes(statistics: Statistics, options: Options) -> Solver:
