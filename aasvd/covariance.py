@@ -4,6 +4,7 @@ A float32 sum has no safe eigenvalue cutoff once an outlier direction is present
 a float64 sum of bfloat16 or float32 products is exact to 1e-15.
 """
 
+import scipy.linalg
 import torch
 from torch import Tensor
 
@@ -14,20 +15,21 @@ _TILE = 768
 class Gram:
     """The uncentred covariance sum over tokens of x xᵀ, shape (features, features).
 
-    Only the tiles on and above the diagonal are computed: half the work of a general product.
+    Only its upper triangle is computed: half the work of a general product.
     """
 
     def __init__(self, features: int, *, device: torch.device) -> None:
         """Start from zero."""
-        self._upper = torch.zeros(features, features, dtype=torch.float64, device=device)
+        # Column by column in memory, as BLAS has it.
+        self._upper = torch.zeros(features, features, dtype=torch.float64, device=device).T
 
     def add(self, x: Tensor) -> None:
         """Add the tokens of a batch, shape (..., features)."""
         rows = x.reshape(-1, x.shape[-1]).to(torch.float64)
-        features = rows.shape[1]
-        for start in range(0, features, _TILE):
-            stop = min(start + _TILE, features)
-            self._upper[start:stop, start:].addmm_(rows[:, start:stop].T, rows[:, start:])
+        if rows.device.type == "cpu":
+            _add_on_host(self._upper, rows)
+        else:
+            _add_by_tiles(self._upper, rows)
 
     def matrix(self) -> Tensor:
         """Return the full symmetric matrix, float64."""
@@ -50,6 +52,21 @@ class CrossGram:
     def matrix(self) -> Tensor:
         """Return the matrix, float64."""
         return self._sum
+
+
+def _add_on_host(upper: Tensor, rows: Tensor) -> None:
+    """Add rowsᵀ rows to an upper triangle: BLAS's symmetric product, which torch does not offer."""
+    if len(rows):
+        table = rows.contiguous().numpy().T
+        scipy.linalg.blas.dsyrk(1.0, table, beta=1.0, c=upper.numpy(), overwrite_c=True)
+
+
+def _add_by_tiles(upper: Tensor, rows: Tensor) -> None:
+    """Add the tiles of rowsᵀ rows on and above the diagonal, on any device."""
+    features = rows.shape[1]
+    for start in range(0, features, _TILE):
+        stop = min(start + _TILE, features)
+        upper[start:stop, start:].addmm_(rows[:, start:stop].T, rows[:, start:])
 
 
 def symmetric(upper: Tensor) -> Tensor:

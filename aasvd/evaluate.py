@@ -6,11 +6,13 @@ import dataclasses
 import importlib.metadata
 import json
 import math
+import random
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -239,20 +241,29 @@ def accuracy(
         # One definition by its path: lm-eval's index of all tasks takes thirteen seconds.
         manager = TaskManager(include_defaults=False)
         try:
-            results = lm_eval.simple_evaluate(
-                model=wrapped,
-                tasks=[str(path)],
-                task_manager=manager,
-                num_fewshot=0,
-                limit=limit or None,
-                log_samples=False,
-            )
+            loaded = _loaded_task(path, task_manager=manager)
+            results = lm_eval.evaluate(lm=wrapped, task_dict=loaded, limit=limit or None, log_samples=False)
         # What a task's own code raises where its rows have other columns or it lacks a package.
         except (ValueError, LookupError, TypeError, OSError, ImportError) as error:
             raise MeasurementError(
                 f"lm-eval cannot run task {task}: {type(error).__name__}: {error}"
             ) from error
     return _accuracy_record(results, task=task)
+
+
+def _loaded_task(path: Path, *, task_manager: Any) -> Any:
+    """Load a task for zero shots as lm-eval's `simple_evaluate` does.
+
+    That function itself would also ask pip, compilers, drivers and the hub what there is, at every call.
+    """
+    # Its seeds: some tasks shuffle their choices as they are loaded.
+    random.seed(0)
+    np.random.seed(1234)  # noqa: NPY002 (what tasks use)
+    loaded = task_manager.load([str(path)])
+    for task in loaded["tasks"].values():
+        task.set_config(key="num_fewshot", value=0)
+        task.set_fewshot_seed(seed=1234)
+    return loaded
 
 
 def _local_task(definition: TaskDefinition, rows: Path, *, folder: Path) -> Path:

@@ -29,11 +29,12 @@ def round_with_feedback(matrix: Tensor, gram: Tensor, rounded: Callable[[int, Te
     for end in range(k, 0, -_PANEL):
         start = max(0, end - _PANEL)
         # Panels, so that most of the work is one matrix product.
-        settled = weights[start:end, end:] @ error[end:]
+        panel = matrix[start:end] - weights[start:end, end:] @ error[end:]
         for row in range(end - 1, start - 1, -1):
-            correction = settled[row - start] + weights[row, row + 1 : end] @ error[row + 1 : end]
-            result[row] = rounded(row, matrix[row] - correction)
-            error[row] = result[row] - matrix[row]
+            later = slice(row + 1, end)
+            aim = torch.addmv(panel[row - start], error[later].mT, weights[row, later], alpha=-1)
+            result[row] = rounded(row, aim)
+            torch.sub(result[row], matrix[row], out=error[row])
     return result
 
 

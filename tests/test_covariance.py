@@ -33,6 +33,12 @@ def cross_gram_of(*pairs: tuple[Tensor, Tensor]) -> CrossGram:
     return gram
 
 
+@pytest.fixture(params=["_add_on_host", "_add_by_tiles"], autouse=True)
+def product(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test on both ways to add a product: BLAS's on the host, and tiles on accelerators."""
+    monkeypatch.setattr(covariance, "_add_on_host", getattr(covariance, request.param))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("features", FEATURES)
 def test_whole_numbers_are_summed_exactly(features: int, dtype: torch.dtype) -> None:
@@ -88,6 +94,11 @@ def test_matrix_is_symmetric_to_the_last_bit_and_does_not_change_its_sum() -> No
     first = gram.matrix()
     assert torch.equal(first, first.T)
     assert torch.equal(first, gram.matrix())
+
+
+def test_no_tokens_add_nothing() -> None:
+    gram = gram_of(random(3, 5), random(0, 5))
+    assert torch.equal(gram.matrix(), gram_of(random(3, 5)).matrix())
 
 
 def test_every_leading_dimension_is_tokens() -> None:
