@@ -1,6 +1,9 @@
 """What passes run on, in which float type, and how much memory the process takes."""
 
+import contextlib
 import os
+from collections.abc import Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -23,6 +26,21 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
         return dtype
     fast = device.type != "cpu" or torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
     return torch.bfloat16 if fast else torch.float32
+
+
+@contextlib.contextmanager
+def one_thread_each() -> Iterator[Executor]:
+    """Yield workers, as many as torch has threads, each of which computes on one thread.
+
+    For thousands of small operations, for which threads that share each of them wait longer than they work.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as workers:
+            yield workers
+    finally:
+        torch.set_num_threads(threads)
 
 
 def process_memory(key: str) -> int | None:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from aasvd import adapt, blocks, calibration, checkpoint, progress
 from aasvd.artifacts import read_json, read_tensors, write_tensors
-from aasvd.device import compute_device
+from aasvd.device import compute_device, one_thread_each
 from aasvd.formats import FORMATS, format_name
 from aasvd.stages.loading import factored, load_model, model_folder
 from aasvd.stages.stage import PASSES, stage
@@ -94,11 +94,15 @@ def _packed(
     """Return a block's tensors as a checkpoint stores them: the factors of the named linears packed."""
     factors = {f"{name}.{factor}" for name in names for factor in ("u", "v")}
     rest = {key: tensor for key, tensor in tensors.items() if key not in factors}
-    return rest | {
-        f"{name}.{part}": tensor
-        for name in names
-        for part, tensor in FORMATS[storage].pack(tensors[f"{name}.u"], tensors[f"{name}.v"], dtype).items()
-    }
+
+    def pack(name: str) -> dict[str, Tensor]:
+        parts = FORMATS[storage].pack(tensors[f"{name}.u"], tensors[f"{name}.v"], dtype)
+        return {f"{name}.{part}": tensor for part, tensor in parts.items()}
+
+    with one_thread_each() as workers:
+        for packed in workers.map(pack, names):
+            rest |= packed
+    return rest
 
 
 def adapt_model(
