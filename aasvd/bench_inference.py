@@ -321,6 +321,24 @@ def bars(name: str, shape: Shape, rows: Sequence[Mapping[str, Any]]) -> list[dic
 
 
 _COMPARE = {">=": operator.ge, "<=": operator.le}
+
+
+def limits(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Return how many times faster than dense a prefill can be by its linears alone.
+
+    The rest (attention, norms, activations, Python) takes what it takes in the dense model.
+
+    Returns:
+        `multiplications`: if the linears took 0.6 of the dense ones' time, as their multiplications would;
+        `free`: if they took none.
+    """
+    share = min(rows[0]["linears_share"], 1.0)
+    return {
+        "multiplications": 1 / (1 - share * (1 - 0.6)),
+        "free": 1 / (1 - share) if share < 1 else math.inf,
+    }
+
+
 # By model and batch: the key of a ratio to dense, what it is, and its bar (issue 3, section 3).
 _BARS = {
     ("SmolLM2-135M", 1): (("decode_tokens_per_second", "decode, times dense", ">=", 1.0),),
@@ -401,6 +419,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 for bar in asked:
                     verdict = "met" if bar["met"] else "MISSED"
                     sys.stdout.write(f"  {_WITH_A_BAR}: {bar['bar']}: {bar['found']:.2f}, {verdict}\n")
+                limit = limits(rows)
+                sys.stdout.write(
+                    f"  roofline of prefill: {limit['multiplications']:.2f} times dense if the linears took "
+                    f"0.6 of their time, {limit['free']:.2f} if they took none\n"
+                )
                 sys.stdout.flush()
                 result["settings"].append(
                     {
@@ -408,6 +431,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                         "dtype": str(setting.dtype).removeprefix("torch."),
                         **shape._asdict(),
                         "bars": asked,
+                        "limits": {key: value for key, value in limit.items() if math.isfinite(value)},
                         "rows": [{k: v for k, v in row.items() if v == v} for row in rows],
                     }
                 )

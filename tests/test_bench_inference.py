@@ -11,6 +11,7 @@ from aasvd.bench_inference import (
     Shape,
     bars,
     build,
+    limits,
     linears,
     measure,
     resident_bytes,
@@ -56,6 +57,11 @@ def test_bars_compare_the_default_format_with_the_stock_dense_model() -> None:
     assert [bar["met"] for bar in bars("SmolLM2-135M", shape, rows(1.3, 0.7))] == [True, True]
     assert [bar["met"] for bar in bars("SmolLM2-135M", shape, rows(1.29, 0.71))] == [False, False]
     assert bars("llama", shape, rows(1.3, 0.7)) == []
+
+
+def test_roofline_is_amdahls_law() -> None:
+    # Of 10 s, 4 are linears: they would take 2.4, or none.
+    assert limits([{"linears_share": 0.4}]) == pytest.approx({"multiplications": 10 / 8.4, "free": 10 / 6})
 
 
 def test_long_passes_are_repeated_only_where_a_bar_is(monkeypatch: pytest.MonkeyPatch) -> None:
