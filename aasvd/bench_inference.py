@@ -10,8 +10,10 @@ shapes, in the same repetition. What they gain over the dense ones is all that a
 
 import argparse
 import contextlib
+import copy
 import json
 import math
+import operator
 import statistics
 import sys
 import time
@@ -32,6 +34,10 @@ from aasvd.provenance import versions
 from aasvd.rank import uniform_rank
 
 RATIOS = (0.8, 0.6, 0.4)
+DENSE = "dense"
+_WITH_A_BAR = "pivoted 0.6"
+# Seconds after which a model is not measured again at a shape: long passes vary less.
+_ENOUGH = 2.0
 _LLAMA7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32}
 
 
@@ -62,32 +68,33 @@ def tiny() -> PreTrainedConfig:
     )
 
 
-class Setting(NamedTuple):
-    """What one table measures.
+class Shape(NamedTuple):
+    """What one table measures of a model.
 
     Attributes:
-        name: Name of the model.
-        config: Its configuration.
-        dtype: Float type of weights and activations.
         batch: Sequences.
         tokens: Length of the prompts.
         new: Tokens generated after them; 0 leaves decoding out.
-        storage: Format of the compressed models.
     """
+
+    batch: int
+    tokens: int
+    new: int
+
+
+class Setting(NamedTuple):
+    """One model in one float type, dense and in every format and ratio, at several shapes."""
 
     name: str
     config: PreTrainedConfig
     dtype: torch.dtype
-    batch: int
-    tokens: int
-    new: int
-    storage: str
+    shapes: tuple[Shape, ...]
 
 
 def build(config: PreTrainedConfig, *, ratio: float | None, storage: str, dtype: torch.dtype) -> Any:
     """Return a model with random weights on the host, dense (ratio None) or compressed."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
     if ratio is not None:
         ranks = {}
         for name, module in model.named_modules():
@@ -99,9 +106,12 @@ def build(config: PreTrainedConfig, *, ratio: float | None, storage: str, dtype:
                     ranks[name] = rank
         replace_linears(model, ranks, storage=storage)
     generator = torch.Generator().manual_seed(0)
+    # Speed does not depend on the values, so a few are enough; their number shares no factor with any width.
+    noise = torch.randn(2**20 + 7, generator=generator).to(dtype)
     with torch.device("cpu"):
         state = {
-            name: (torch.randn(parameter.shape, generator=generator) * parameter.shape[-1] ** -0.5).to(dtype)
+            name: noise.repeat(-(-parameter.numel() // len(noise)))[: parameter.numel()].view(parameter.shape)
+            * parameter.shape[-1] ** -0.5
             if parameter.ndim > 1
             else torch.ones(parameter.shape, dtype=dtype)
             for name, parameter in model.named_parameters()
@@ -168,94 +178,123 @@ def decode(model: Any, cache: Any, prompt: Tensor, new: int) -> float:
     return _now(prompt.device) - start
 
 
-def linears_alone(model: nn.Module, tokens: int) -> Callable[[torch.device], float]:
-    """Return a function that times a model's linears alone, on inputs of their own."""
+def linears_alone(model: Any, tokens: int) -> Callable[[torch.device], float]:
+    """Return a function that times a model's linears alone, on inputs of their own.
+
+    It calls those of at most two blocks and counts them for all, which are alike.
+    """
     modules = linears(model)
+    blocks = model.config.num_hidden_layers
+    timed = modules[: len(modules) * min(2, blocks) // blocks]
     like = next(model.parameters())
-    widths = {module.in_features for module in modules}
+    widths = {module.in_features for module in timed}
     inputs = {width: torch.randn(1, tokens, width, device=like.device, dtype=like.dtype) for width in widths}
 
     def seconds(device: torch.device) -> float:
         start = _now(device)
-        for module in modules:
+        for module in timed:
             module(inputs[module.in_features])
-        return _now(device) - start
+        return (_now(device) - start) * len(modules) / len(timed)
 
     return seconds
 
 
-def measure(setting: Setting, *, device: torch.device, repeats: int, compiled: bool) -> list[dict[str, Any]]:
-    """Measure the dense model and a storage at every ratio, and return a row for each."""
-    variants: dict[str, Any] = {}
-    rows: dict[str, dict[str, Any]] = {}
-    for ratio in (None, *RATIOS):
-        model = build(setting.config, ratio=ratio, storage=setting.storage, dtype=setting.dtype).to(device)
-        if ratio is not None:
+def variants_of(
+    setting: Setting, *, formats: Sequence[str], device: torch.device, compiled: bool
+) -> dict[str, Any]:
+    """Return the dense model and one of each format and ratio, by the names that the tables give them."""
+    built = {DENSE: build(setting.config, ratio=None, storage="factors", dtype=setting.dtype).to(device)}
+    for storage in formats:
+        for ratio in RATIOS:
+            model = build(setting.config, ratio=ratio, storage=storage, dtype=setting.dtype).to(device)
             fuse(model)
-        name = "dense" if ratio is None else f"{setting.storage} {ratio}"
-        variants[name] = model
-        rows[name] = {"variant": name, "resident_bytes": resident_bytes(model)}
-        if compiled:
-            variants[f"{name} compiled"] = torch.compile(model, dynamic=True)
-            rows[f"{name} compiled"] = {
-                "variant": f"{name} compiled",
-                "resident_bytes": resident_bytes(model),
-            }
+            built[f"{storage} {ratio}"] = model
+    if compiled:
+        built |= {f"{name} compiled": torch.compile(model, dynamic=True) for name, model in built.items()}
+    return built
+
+
+def measure(
+    variants: Mapping[str, Any], shape: Shape, *, vocabulary: int, device: torch.device, repeats: int
+) -> list[dict[str, Any]]:
+    """Measure models in turn at one shape, and return a row for each.
+
+    The dense model and the one that a bar is about are measured `repeats` times; others that often, or
+    until they have taken `_ENOUGH` seconds.
+    """
     generator = torch.Generator().manual_seed(1)
-    shape = (setting.batch, setting.tokens)
-    prompt = torch.randint(setting.config.vocab_size, shape, generator=generator).to(device)
-    tokens = setting.batch * setting.tokens
-    floors = {
-        name: linears_alone(model, tokens)
-        for name, model in variants.items()
-        if not name.endswith("compiled")
-    }
+    prompt = torch.randint(vocabulary, (shape.batch, shape.tokens), generator=generator).to(device)
+    tokens = shape.batch * shape.tokens
     times: dict[str, dict[str, list[float]]] = {name: {} for name in variants}
     peaks = dict.fromkeys(variants, 0.0)
-    for repeat in range(repeats + 1):
+    resident = {name: resident_bytes(model) for name, model in variants.items()}
+    for name, model in variants.items():
+        # Weights are fetched and kernels chosen at the first calls; compilers want the real length.
+        warm = prompt if name.endswith("compiled") else prompt[:, :64]
+        decode(model, prefill(model, warm)[1], warm, 1)
+    for _ in range(repeats):
         for name, model in variants.items():
+            taken = sum(sum(seconds) for seconds in times[name].values())
+            if taken > _ENOUGH and name not in (DENSE, _WITH_A_BAR):
+                continue
             found = {}
             with _peak(device) as peak:
                 found["prefill"], cache = prefill(model, prompt)
-                if setting.new:
-                    found["decode"] = decode(model, cache, prompt, setting.new)
+                if shape.new:
+                    found["decode"] = decode(model, cache, prompt, shape.new)
                 del cache
-            peaks[name] = max(peaks[name], rows[name]["resident_bytes"] + peak())
-            if name in floors:
-                found["linears"] = floors[name](device)
-            # The first repetition warms up.
-            for key, seconds in found.items() if repeat else ():
+            peaks[name] = max(peaks[name], resident[name] + peak())
+            if not name.endswith("compiled"):
+                found["linears"] = linears_alone(model, tokens)(device)
+            for key, seconds in found.items():
                 times[name].setdefault(key, []).append(seconds)
-    for name, row in rows.items():
-        middle = {key: statistics.median(seconds) for key, seconds in times[name].items()}
-        row["seconds"] = times[name]
-        row["peak_bytes"] = peaks[name]
-        row["prefill_tokens_per_second"] = tokens / middle["prefill"]
-        if "linears" in middle:
-            row["linears_tokens_per_second"] = tokens / middle["linears"]
-            # Of the time of a prefill; the rest is attention, norms, activations and Python.
-            row["linears_share"] = middle["linears"] / middle["prefill"]
-        if setting.new:
-            row["decode_tokens_per_second"] = setting.batch * setting.new / middle["decode"]
-    dense = rows["dense"]
-    for row in rows.values():
+    rows = [_row(name, times[name], shape, resident=resident[name], peak=peaks[name]) for name in variants]
+    dense = rows[0]
+    for row in rows:
         row["ratios"] = {
             key: row[key] / dense[key]
             for key in (*_SPEEDS, "resident_bytes", "peak_bytes")
             if key in row and dense.get(key)
         }
-    return list(rows.values())
+    return rows
+
+
+def _row(
+    name: str, times: dict[str, list[float]], shape: Shape, *, resident: int, peak: float
+) -> dict[str, Any]:
+    """Return what a table says of one model."""
+    tokens = shape.batch * shape.tokens
+    middle = {key: statistics.median(seconds) for key, seconds in times.items()}
+    row: dict[str, Any] = {
+        "variant": name,
+        "seconds": times,
+        "resident_bytes": resident,
+        "peak_bytes": peak,
+        "prefill_tokens_per_second": tokens / middle["prefill"],
+    }
+    if "linears" in middle:
+        row["linears_tokens_per_second"] = tokens / middle["linears"]
+        # Of the time of a prefill; the rest is attention, norms, activations and Python.
+        row["linears_share"] = middle["linears"] / middle["prefill"]
+    if shape.new:
+        row["decode_tokens_per_second"] = shape.batch * shape.new / middle["decode"]
+    return row
 
 
 _SPEEDS = ("prefill_tokens_per_second", "linears_tokens_per_second", "decode_tokens_per_second")
 
 
-def table(setting: Setting, rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return the rows of one setting as text; a number in brackets is the ratio to dense."""
+def title(setting: Setting, shape: Shape) -> str:
+    """Return what a table is about."""
+    dtype = str(setting.dtype).removeprefix("torch.")
+    return f"{setting.name}, {dtype}, batch {shape.batch} x {shape.tokens} tokens"
+
+
+def table(heading: str, rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return the rows of one shape as text; a number in brackets is the ratio to dense."""
     heads = ("prefill tok/s", "linears alone", "decode tok/s", "weights MB", "peak MB")
     keys = (*_SPEEDS, "resident_bytes", "peak_bytes")
-    dtype = str(setting.dtype).removeprefix("torch.")
-    lines = [f"\n{setting.name}, {dtype}, batch {setting.batch} x {setting.tokens} tokens"]
+    lines = [f"\n{heading}"]
     lines.append(f"  {'':<24}" + "".join(f"{head:>20}" for head in heads) + f"{'in linears':>12}")
     for row in rows:
         cells = []
@@ -271,20 +310,58 @@ def table(setting: Setting, rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def settings(*, config: PreTrainedConfig | None, quick: bool, formats: Sequence[str]) -> list[Setting]:
+def bars(name: str, shape: Shape, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return what is asked of the default format at 0.6 for one table: the value found, and the bar."""
+    found = {row["variant"]: row["ratios"] for row in rows}.get(_WITH_A_BAR, {})
+    return [
+        {"bar": f"{words} {sign} {bar}", "found": found[key], "met": _COMPARE[sign](found[key], bar)}
+        for key, words, sign, bar in _BARS.get((name, shape.batch), ())
+        if key in found
+    ]
+
+
+_COMPARE = {">=": operator.ge, "<=": operator.le}
+
+
+def limits(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Return how many times faster than dense a prefill can be by its linears alone.
+
+    The rest (attention, norms, activations, Python) takes what it takes in the dense model.
+
+    Returns:
+        `multiplications`: if the linears took 0.6 of the dense ones' time, as their multiplications would;
+        `free`: if they took none.
+    """
+    share = min(rows[0]["linears_share"], 1.0)
+    return {
+        "multiplications": 1 / (1 - share * (1 - 0.6)),
+        "free": 1 / (1 - share) if share < 1 else math.inf,
+    }
+
+
+# By model and batch: the key of a ratio to dense, what it is, and its bar (issue 3, section 3).
+_BARS = {
+    ("SmolLM2-135M", 1): (("decode_tokens_per_second", "decode, times dense", ">=", 1.0),),
+    ("SmolLM2-135M", 8): (
+        ("prefill_tokens_per_second", "prefill, times dense", ">=", 1.3),
+        ("resident_bytes", "weights, of dense", "<=", 0.7),
+    ),
+    ("LLaMA-7B block", 1): (("prefill_tokens_per_second", "prefill, times dense", ">=", 1.5),),
+}
+
+
+def settings(*, config: PreTrainedConfig | None, quick: bool) -> list[Setting]:
     """Return what a run measures: SmolLM2 (or `config`) at batch 1 and 8, and a block of LLaMA-7B."""
     if quick:
-        return [Setting("tiny", tiny(), torch.float32, 2, 16, 4, storage) for storage in formats]
+        return [Setting("tiny", tiny(), torch.float32, (Shape(2, 16, 4),))]
     name, model = ("SmolLM2-135M", smollm2()) if config is None else (config.model_type, config)
     return [
-        Setting(*shape, storage)
+        setting
         for dtype in (torch.float32, torch.bfloat16)
-        for shape in (
-            (name, model, dtype, 1, 512, 32),
-            (name, model, dtype, 8, 512, 32),
-            ("LLaMA-7B block", llama7b_block(), dtype, 1, 512, 0),
+        for setting in (
+            Setting(name, model, dtype, (Shape(1, 512, 16), Shape(8, 512, 8))),
+            Setting("LLaMA-7B block", llama7b_block(), dtype, (Shape(1, 512, 0),)),
         )
-        for storage in formats
     ]
 
 
@@ -328,24 +405,37 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "versions": versions(),
         "settings": [],
     }
-    for setting in settings(config=config, quick=options.quick, formats=options.formats):
-        if options.only not in table(setting, []).splitlines()[1]:
+    for setting in settings(config=config, quick=options.quick):
+        shapes = [shape for shape in setting.shapes if options.only in title(setting, shape)]
+        if not shapes:
             continue
         with torch.no_grad():
-            rows = measure(setting, device=device, repeats=options.repeats, compiled=options.compile)
-        sys.stdout.write(table(setting, rows) + "\n")
-        sys.stdout.flush()
-        result["settings"].append(
-            {
-                "model": setting.name,
-                "dtype": str(setting.dtype).removeprefix("torch."),
-                "batch": setting.batch,
-                "tokens": setting.tokens,
-                "new_tokens": setting.new,
-                "storage": setting.storage,
-                "rows": [{k: v for k, v in row.items() if v == v} for row in rows],
-            }
-        )
+            variants = variants_of(setting, formats=options.formats, device=device, compiled=options.compile)
+            for shape in shapes:
+                vocabulary = setting.config.vocab_size
+                rows = measure(variants, shape, vocabulary=vocabulary, device=device, repeats=options.repeats)
+                asked = bars(setting.name, shape, rows)
+                sys.stdout.write(table(title(setting, shape), rows) + "\n")
+                for bar in asked:
+                    verdict = "met" if bar["met"] else "MISSED"
+                    sys.stdout.write(f"  {_WITH_A_BAR}: {bar['bar']}: {bar['found']:.2f}, {verdict}\n")
+                limit = limits(rows)
+                sys.stdout.write(
+                    f"  roofline of prefill: {limit['multiplications']:.2f} times dense if the linears took "
+                    f"0.6 of their time, {limit['free']:.2f} if they took none\n"
+                )
+                sys.stdout.flush()
+                result["settings"].append(
+                    {
+                        "model": setting.name,
+                        "dtype": str(setting.dtype).removeprefix("torch."),
+                        **shape._asdict(),
+                        "bars": asked,
+                        "limits": {key: value for key, value in limit.items() if math.isfinite(value)},
+                        "rows": [{k: v for k, v in row.items() if v == v} for row in rows],
+                    }
+                )
+        del variants
     options.output.parent.mkdir(parents=True, exist_ok=True)
     with replacing(options.output) as temporary:
         temporary.write_text(json.dumps(result, indent=2) + "\n")

@@ -1,11 +1,24 @@
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from aasvd import bench_inference
-from aasvd.bench_inference import build, linears, resident_bytes, settings, smollm2
+from aasvd.bench_inference import (
+    Setting,
+    Shape,
+    bars,
+    build,
+    limits,
+    linears,
+    measure,
+    resident_bytes,
+    settings,
+    smollm2,
+    variants_of,
+)
 from aasvd.formats import FORMATS
 from aasvd.rank import uniform_rank
 
@@ -14,20 +27,53 @@ def test_quick_run_prints_a_table_and_writes_json(tmp_path: Path, capsys: pytest
     output = tmp_path / "new" / "bench.json"
     bench_inference.main(["--quick", "--repeats", "2", "--output", str(output)])
     result = json.loads(output.read_text())
-    assert [(s["model"], s["storage"]) for s in result["settings"]] == [("tiny", name) for name in FORMATS]
-    rows = result["settings"][0]["rows"]
-    assert [row["variant"] for row in rows] == ["dense", "factors 0.8", "factors 0.6", "factors 0.4"]
-    for setting in result["settings"]:
-        assert setting["rows"][3]["resident_bytes"] < setting["rows"][0]["resident_bytes"]
-    for row in rows:
+    (setting,) = result["settings"]
+    assert (setting["model"], setting["batch"], setting["tokens"]) == ("tiny", 2, 16)
+    rows = {row["variant"]: row for row in setting["rows"]}
+    low = [f"{storage} {ratio}" for storage in FORMATS for ratio in (0.8, 0.6, 0.4)]
+    assert list(rows) == ["dense", *low]
+    for name, row in rows.items():
         assert {len(seconds) for seconds in row["seconds"].values()} == {2}
         for key in ("prefill_tokens_per_second", "decode_tokens_per_second", "linears_tokens_per_second"):
             assert row[key] > 0
-            assert row["ratios"][key] == pytest.approx(row[key] / rows[0][key])
+            assert row["ratios"][key] == pytest.approx(row[key] / rows["dense"][key])
         assert row["peak_bytes"] >= row["resident_bytes"]
+        if name.endswith("0.4"):
+            assert row["resident_bytes"] < rows["dense"]["resident_bytes"]
     printed = capsys.readouterr().out
     assert "tiny, float32, batch 2 x 16 tokens" in printed
     assert "factors 0.6" in printed and "(1.00)" in printed
+
+
+def test_bars_compare_the_default_format_with_the_stock_dense_model() -> None:
+    def rows(prefill: float, weights: float) -> list[dict[str, Any]]:
+        ratios = {"prefill_tokens_per_second": prefill, "resident_bytes": weights}
+        return [
+            {"variant": "dense", "ratios": dict.fromkeys(ratios, 1.0)},
+            {"variant": "pivoted 0.6", "ratios": ratios},
+        ]
+
+    shape = Shape(8, 512, 8)
+    assert [bar["met"] for bar in bars("SmolLM2-135M", shape, rows(1.3, 0.7))] == [True, True]
+    assert [bar["met"] for bar in bars("SmolLM2-135M", shape, rows(1.29, 0.71))] == [False, False]
+    assert bars("llama", shape, rows(1.3, 0.7)) == []
+
+
+def test_roofline_is_amdahls_law() -> None:
+    # Of 10 s, 4 are linears: they would take 2.4, or none.
+    assert limits([{"linears_share": 0.4}]) == pytest.approx({"multiplications": 10 / 8.4, "free": 10 / 6})
+
+
+def test_long_passes_are_repeated_only_where_a_bar_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_inference, "_ENOUGH", 0.0)
+    with torch.no_grad():
+        setting = Setting("tiny", bench_inference.tiny(), torch.float32, ())
+        device = torch.device("cpu")
+        variants = variants_of(setting, formats=["factors", "pivoted"], device=device, compiled=False)
+        rows = measure(variants, Shape(1, 8, 1), vocabulary=64, device=device, repeats=3)
+    taken = {row["variant"]: len(row["seconds"]["prefill"]) for row in rows}
+    assert {name for name, count in taken.items() if count == 3} == {"dense", "pivoted 0.6"}
+    assert {count for name, count in taken.items() if name not in ("dense", "pivoted 0.6")} == {1}
 
 
 @pytest.mark.parametrize("storage", list(FORMATS))
@@ -49,11 +95,9 @@ def test_tied_embeddings_are_resident_once() -> None:
 
 
 def test_a_full_run_covers_what_it_says() -> None:
-    found = settings(config=None, quick=False, formats=list(FORMATS))
-    assert {s.storage for s in found} == set(FORMATS)
-    covered = {(s.name, str(s.dtype), s.batch) for s in found}
-    assert covered == {
+    found = settings(config=None, quick=False)
+    assert {(s.name, s.dtype, shape.batch) for s in found for shape in s.shapes} == {
         (name, dtype, batch)
-        for dtype in ("torch.float32", "torch.bfloat16")
+        for dtype in (torch.float32, torch.bfloat16)
         for name, batch in [("SmolLM2-135M", 1), ("SmolLM2-135M", 8), ("LLaMA-7B block", 1)]
     }

@@ -9,8 +9,8 @@ from test_checkpoint import Written, load, tokens
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from aasvd.formats import FORMATS
 from aasvd.fusion import fuse, unfuse
-from aasvd.lowrank import LowRankLinear
 
 
 @pytest.fixture(scope="module")
@@ -98,12 +98,16 @@ def test_device_map(written: Written, expected: Tensor, device_map: object, tmp_
 
 def lora(model: PreTrainedModel) -> peft.LoraConfig:
     config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=True)
-    config._register_custom_module({LowRankLinear: peft.tuners.lora.Linear})
+    config._register_custom_module({layer: peft.tuners.lora.Linear for layer in FORMATS.values()})
     return config
 
 
-def test_lora_adapter_trains(written: Written, expected: Tensor, tmp_path: Path) -> None:
+@pytest.mark.parametrize("storage", ["factors", "pivoted"])
+def test_lora_adapter_trains(storage: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
+    written = Written(tmp_path, "llama", storage=storage)
+    with torch.no_grad():
+        expected = load(written.folder)(tokens()).logits
     base = load(written.folder)
     model = peft.get_peft_model(base, lora(base))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -124,7 +128,7 @@ def test_lora_adapter_trains(written: Written, expected: Tensor, tmp_path: Path)
     assert changed == adapters
     assert len(adapters) == 2 * 3 * 2  # A and B, three linears, two blocks
     trained = model.eval()(tokens()).logits.detach()
-    model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path / "adapter")
     base = load(written.folder)
-    again = peft.PeftModel.from_pretrained(base, tmp_path, config=lora(base))
+    again = peft.PeftModel.from_pretrained(base, tmp_path / "adapter", config=lora(base))
     assert_close(again(tokens()).logits.detach(), trained)
