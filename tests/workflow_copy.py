@@ -51,6 +51,11 @@ def merged(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str,
     }
 
 
+def _interruptible() -> None:
+    """Take Ctrl-C, also where the tests themselves were started in the background and ignore it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Copy:
     """A copy of the workflow in a folder of its own, which is a git repository under DVC."""
 
@@ -80,6 +85,7 @@ class Copy:
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
+            preexec_fn=_interruptible,
         )
 
     def run(self, *command: str | Path, **environment: str) -> Done:
