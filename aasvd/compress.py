@@ -86,7 +86,7 @@ def capture_block(
             on_output(output)
             for gram, total, x in zip(grams, absolute, seen, strict=True):
                 gram.add(x)
-                total += x.abs().flatten(0, -2).sum(0, dtype=torch.float64)
+                total += x.abs().flatten(0, -2).sum(0, dtype=torch.float32)
             seen.clear()
     matrices = [gram.matrix() for gram in grams]
     for group, matrix in zip(groups, matrices, strict=True):

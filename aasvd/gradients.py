@@ -17,18 +17,16 @@ from aasvd.blocks import Head
 from aasvd.covariance import Gram
 
 
-class Gradients(NamedTuple):
-    """What is kept of the gradients of one linear y = W x; the loss is each sequence's, summed over tokens.
+class Fisher(NamedTuple):
+    """What is kept of the gradients ∂loss/∂W of one linear; the loss is each sequence's, summed over tokens.
 
     Attributes:
         squared: Fisher information of each input channel: the mean over sequences of (∂loss/∂W)², summed
             over outputs, (n,) float64.
-        outer: Mean over tokens of g gᵀ with g = ∂loss/∂y, (m, m) float64.
         norm: Frobenius norm of ∂loss/∂W, averaged over sequences before the norm is taken.
     """
 
     squared: Tensor
-    outer: Tensor
     norm: Tensor
 
 
@@ -65,11 +63,11 @@ def block_gradients(
     arguments: Mapping[str, Any],
     device: torch.device,
     on_gradient: Callable[[Tensor], None],
-) -> dict[str, Gradients]:
-    """Run one original block forward and backward over the first sequences, one at a time.
+) -> dict[str, Tensor]:
+    """Return the second moment E[g gᵀ] of the gradients g = ∂loss/∂y at the outputs y of every linear.
 
     Args:
-        block: The original block on `device`; its linears' weights are made to require gradients.
+        block: The original block on `device`; its parameters need no gradients.
         groups: Names of its linears.
         inputs: Inputs of the block, (sequences, tokens, width).
         upstream: ∂loss/∂output of the block, of as many of its first sequences as are to count.
@@ -77,45 +75,89 @@ def block_gradients(
         device: Where the block is.
         on_gradient: Called with each sequence's ∂loss/∂input, (1, tokens, width).
 
+    Returns:
+        A mean over tokens by linear, (m, m) float64.
+
     Raises:
         ValueError: If a gradient is not finite (names the layer).
     """
-    dtype = next(block.parameters()).dtype
-    names = [name for group in groups for name in group]
-    linears = {name: block.get_submodule(name) for name in names}
-    weights: dict[str, Tensor] = {}
-    for name, linear in linears.items():
-        assert isinstance(linear, nn.Linear)
-        linear.weight.requires_grad_(True)
-        weights[name] = linear.weight
-    outer = {name: Gram(len(weight), device=device) for name, weight in weights.items()}
-    squared = {
-        name: torch.zeros(weight.shape[1], dtype=torch.float64, device=device)
-        for name, weight in weights.items()
+    linears = _linears(block, groups)
+    # float32: nothing is inverted, and a metric from a few thousand tokens has no more digits than that.
+    outer = {
+        name: Gram(linear.out_features, device=device, dtype=torch.float32)
+        for name, linear in linears.items()
     }
-    mean = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in weights.items()}
     with _watching_outputs(linears, outer):
-        for index in range(len(upstream)):
-            x = inputs.read([index]).to(device, dtype).requires_grad_(True)
-            output = block(x, **arguments)
-            output.backward(upstream.read([index]).to(device, dtype))
+        for x in _backward(block, inputs, upstream, arguments, device):
             assert x.grad is not None
             on_gradient(x.grad)
-            for name, weight in weights.items():
-                assert weight.grad is not None, f"{name} does not reach the block's output"
-                columns = torch.linalg.vector_norm(weight.grad, dim=0, dtype=torch.float32)
-                squared[name] += columns.double().square() / len(upstream)
-                mean[name].add_(weight.grad, alpha=1 / len(upstream))
-                weight.grad = None
     tokens = upstream.shape[0] * upstream.shape[1]
-    result = {
-        name: Gradients(squared[name], outer[name].matrix() / tokens, mean[name].norm().double())
-        for name in names
-    }
-    for name, gradients in result.items():
-        if not all(torch.isfinite(part).all() for part in gradients):
+    return _finite({name: gram.matrix() / tokens for name, gram in outer.items()})
+
+
+def block_fisher(
+    block: nn.Module,
+    groups: Sequence[Sequence[str]],
+    *,
+    inputs: Activations,
+    upstream: Activations,
+    arguments: Mapping[str, Any],
+    device: torch.device,
+) -> dict[str, Fisher]:
+    """Return what is kept of the gradients of every linear's weight; arguments as in `block_gradients`.
+
+    Raises:
+        ValueError: If a gradient is not finite (names the layer).
+    """
+    linears = _linears(block, groups)
+    count = len(upstream)
+    squared, mean = {}, {}
+    for name, linear in linears.items():
+        linear.weight.requires_grad_(True)
+        squared[name] = torch.zeros(linear.in_features, dtype=torch.float64, device=device)
+        mean[name] = torch.zeros_like(linear.weight, dtype=torch.float32, requires_grad=False)
+    # One sequence at a time: the square of each sequence's gradient counts.
+    for _ in _backward(block, inputs, upstream, arguments, device):
+        for name, linear in linears.items():
+            gradient = linear.weight.grad
+            assert gradient is not None, f"{name} does not reach the block's output"
+            columns = torch.linalg.vector_norm(gradient, dim=0, dtype=torch.float32)
+            squared[name] += columns.double().square() / count
+            mean[name].add_(gradient, alpha=1 / count)
+            linear.weight.grad = None
+    _finite(squared)
+    return {name: Fisher(squared[name], mean[name].norm().double()) for name in linears}
+
+
+def _linears(block: nn.Module, groups: Sequence[Sequence[str]]) -> dict[str, nn.Linear]:
+    found = {}
+    for name in (name for group in groups for name in group):
+        linear = block.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        found[name] = linear
+    return found
+
+
+def _backward(
+    block: nn.Module,
+    inputs: Activations,
+    upstream: Activations,
+    arguments: Mapping[str, Any],
+    device: torch.device,
+) -> Iterator[Tensor]:
+    """Run a block forward and backward over the first sequences, one at a time; yield each input."""
+    dtype = next(block.parameters()).dtype
+    for index in range(len(upstream)):
+        x = inputs.read([index]).to(device, dtype).requires_grad_(True)
+        block(x, **arguments).backward(upstream.read([index]).to(device, dtype))
+        yield x
+
+
+def _finite(found: dict[str, Tensor]) -> dict[str, Tensor]:
+    for name, tensor in found.items():
+        if not torch.isfinite(tensor).all():
             raise ValueError(f"the gradient of {name} is not finite; set calibration.dtype to float32")
-    return result
+    return found
 
 
 @contextmanager

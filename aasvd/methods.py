@@ -9,7 +9,8 @@ What there is to need, per block:
 
     shifted       X'X'ᵀ from passes of the partly compressed block: blocks then follow one another
     cross         XX'ᵀ, from passes of both blocks
-    gradients     of the dense model's loss: one backward pass over the calibration sequences, for all runs
+    gradients     of the dense model's loss at the linears' outputs: one backward pass for all runs
+    fisher        its gradients with respect to the weights: one more
     buckets       the covariance of averaged calibration sequences: one more pass of the original blocks
     spectra, influence, profile, sensitivity    see `aasvd.measures`
 
@@ -31,8 +32,8 @@ class Piece(NamedTuple):
     options: tuple[str, ...] = ()
 
 
-# Measures that are made from gradients.
-DIFFERENTIATED = ("influence", "relative_gradients")
+# Measures that are made from statistics of gradients, and from which.
+DIFFERENTIATED = {"influence": "gradients", "relative_gradients": "fisher"}
 
 OBJECTIVES = {
     "input_agnostic": Piece(),
@@ -43,7 +44,7 @@ OBJECTIVES = {
     "saes": Piece(("shifted", "cross")),
     "asvd": Piece(),
     "lorap": Piece(),
-    "fwsvd": Piece(("gradients",)),
+    "fwsvd": Piece(("fisher",)),
     "dipsvd_paper": Piece(),
     "dipsvd_code": Piece(),
     "adasvd": Piece(("buckets",), ("buckets",)),

@@ -29,7 +29,7 @@ DEFAULT = "default"  # the run whose model and ratio are those of params.yaml
 RUN = re.compile(r"(?P<model>.+)_r(?P<ratio>[0-9.]+)(?P<parts>(?:_[A-Za-z0-9-]+){,2})")
 
 # Raised when a stage's output would change for the same parameters; part of every key below it.
-VERSIONS = {"model": 1, "text": 1, "task": 1, "calibration": 3, "compression": 3, "evaluation": 2}
+VERSIONS = {"model": 1, "text": 1, "task": 1, "calibration": 4, "compression": 3, "evaluation": 2}
 
 # Settings that change how a result is computed, but not which result it is.
 _NOT_IN_KEYS = {
@@ -343,8 +343,12 @@ def original_files(run: Run) -> dict[str, str]:
     """Return the files that a run needs of every block on the original side, with their stages' records."""
     files = {"covariances.safetensors": "capture.json"}
     found = measures(run)
-    if "gradients" in needs(run) or any(name.partition("-")[0] in DIFFERENTIATED for name in found):
+    differentiated = needs(run) | {DIFFERENTIATED.get(name.partition("-")[0]) for name in found}
+    if differentiated & {"gradients", "fisher"}:
+        # Also where only weights' gradients count: it is the way by which they come from the loss.
         files["gradients.safetensors"] = "differentiate.json"
+    if "fisher" in differentiated:
+        files["fisher.safetensors"] = "fisher.json"
     if "buckets" in needs(run):
         buckets = run.settings["compression"]["buckets"]
         files[f"buckets_{buckets}.safetensors"] = f"average_{buckets}.json"

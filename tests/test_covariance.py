@@ -33,12 +33,6 @@ def cross_gram_of(*pairs: tuple[Tensor, Tensor]) -> CrossGram:
     return gram
 
 
-@pytest.fixture(params=["_add_on_host", "_add_by_tiles"], autouse=True)
-def product(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every test on both ways to add a product: BLAS's on the host, and tiles on accelerators."""
-    monkeypatch.setattr(covariance, "_add_on_host", getattr(covariance, request.param))
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("features", FEATURES)
 def test_whole_numbers_are_summed_exactly(features: int, dtype: torch.dtype) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -11,12 +12,19 @@ from torch.nn import functional
 
 from aasvd import measures
 from aasvd.blocks import Head
-from aasvd.gradients import Gradients, block_gradients, head_gradient
+from aasvd.gradients import Fisher, block_fisher, block_gradients, head_gradient
 from aasvd.objectives import Options, Statistics, solver
 
 SEQUENCES = 5
 # float32 passes, sums of some thousand terms in another order.
 CLOSE = {"rtol": 1e-3, "atol": 1e-4}
+
+
+class Found(NamedTuple):
+    """What the stages' functions say of one block."""
+
+    outer: dict[str, Tensor]
+    fisher: dict[str, Fisher]
 
 
 class Whole:
@@ -71,7 +79,7 @@ class Whole:
         """Return what enters a block; what is watched twice, as output and as input, counts once."""
         return torch.cat(self.inputs[index][:: 2 if 0 < index < len(self.inputs) - 1 else 1])
 
-    def by_blocks(self, folder: Path, sequences: int = SEQUENCES) -> tuple[float, list[dict[str, Gradients]]]:
+    def by_blocks(self, folder: Path, sequences: int = SEQUENCES) -> tuple[float, list[Found]]:
         """Run the stages' functions from the last block to the first, on the first sequences."""
         count = len(self.inputs) - 1
         head = Head(self.tiny.source, self.tiny.parts, device=CPU, dtype=torch.float32)
@@ -82,17 +90,16 @@ class Whole:
         for index in reversed(range(count)):
             upstream = activations(folder / f"upstream{index}", torch.cat(made))
             made = []
-            found.append(
-                block_gradients(
-                    self.tiny.block(index),
-                    self.tiny.groups(index),
-                    inputs=activations(folder / f"inputs{index}", self.hidden(index)),
-                    upstream=upstream,
-                    arguments=self.tiny.arguments()[index],
-                    device=CPU,
-                    on_gradient=made.append,
-                )
-            )
+            asked: dict[str, Any] = {
+                "inputs": activations(folder / f"inputs{index}", self.hidden(index)),
+                "upstream": upstream,
+                "arguments": self.tiny.arguments()[index],
+                "device": CPU,
+            }
+            block, groups = self.tiny.block(index), self.tiny.groups(index)
+            block.requires_grad_(False)
+            outer = block_gradients(block, groups, **asked, on_gradient=made.append)
+            found.append(Found(outer, block_fisher(block, groups, **asked)))
         return loss, found[::-1]
 
 
@@ -106,7 +113,8 @@ def test_gradients_by_blocks_are_those_of_the_whole_model(
     tokens = whole.ids.shape[1] - 1
     assert loss == pytest.approx(sum(whole.losses) / (SEQUENCES * tokens), rel=1e-5)
     for index, block in enumerate(blocks):
-        for inner, found in block.items():
+        assert set(block.outer) == set(block.fisher)
+        for inner, found in block.fisher.items():
             key = f"{index}.{inner}"
             expected = torch.stack(whole.gradients[key]).double()
             scale = float(expected.square().mean())
@@ -115,7 +123,7 @@ def test_gradients_by_blocks_are_those_of_the_whole_model(
             )
             assert float(found.norm) == pytest.approx(float(expected.mean(0).norm()), rel=1e-3)
             outer = whole.outer[key] / whole.ids.numel()
-            torch.testing.assert_close(found.outer / outer.norm(), outer / outer.norm(), **CLOSE)
+            torch.testing.assert_close(block.outer[inner] / outer.norm(), outer / outer.norm(), **CLOSE)
 
 
 def test_gradients_of_some_sequences_are_theirs_alone(
@@ -125,12 +133,29 @@ def test_gradients_of_some_sequences_are_theirs_alone(
     loss, blocks = whole.by_blocks(tmp_path, sequences=2)
     assert loss == pytest.approx(sum(whole.losses[:2]) / (2 * (whole.ids.shape[1] - 1)), rel=1e-5)
     for index, block in enumerate(blocks):
-        for inner, found in block.items():
+        for inner, found in block.fisher.items():
             expected = torch.stack(whole.gradients[f"{index}.{inner}"][:2]).double()
             scale = float(expected.square().mean())
             torch.testing.assert_close(
                 found.squared / scale, expected.square().mean(0).sum(0) / scale, **CLOSE
             )
+
+
+def test_a_gradient_that_is_not_finite_names_its_layer(
+    stored: Callable[[str], Stored], tmp_path: Path
+) -> None:
+    tiny = stored("llama")
+    x = tiny.hidden(1)
+    asked: dict[str, Any] = {
+        "inputs": activations(tmp_path / "x", x),
+        "upstream": activations(tmp_path / "upstream", torch.full_like(x, torch.inf)),
+        "arguments": tiny.arguments()[0],
+        "device": CPU,
+    }
+    block, groups = tiny.block(0).requires_grad_(False), tiny.groups(0)
+    for function, more in ((block_gradients, {"on_gradient": lambda _: None}), (block_fisher, {})):
+        with pytest.raises(ValueError, match=r"gradient of \w+\.\w+ is not finite; set calibration\.dtype"):
+            function(block, groups, **asked, **more)  # type: ignore[operator]
 
 
 def test_a_long_sequence_goes_through_the_head_in_parts(

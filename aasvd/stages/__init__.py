@@ -14,6 +14,7 @@ from aasvd.stages.originals import (
     capture_block,
     differentiate_block,
     differentiate_head,
+    differentiate_weights,
     embed,
     sample_calibration,
 )
@@ -32,6 +33,7 @@ __all__ = [
     "compare",
     "differentiate_block",
     "differentiate_head",
+    "differentiate_weights",
     "embed",
     "evaluate_accuracy",
     "evaluate_perplexity",

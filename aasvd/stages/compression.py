@@ -31,6 +31,7 @@ def solve_block(
     original: str | None,
     shifted: str | None,
     gradients: str | None,
+    fisher: str | None,
     buckets: str | None,
     output: str,
     record: str,
@@ -42,7 +43,9 @@ def solve_block(
     """Solve one block's factors; files of statistics that the objective does not need are None."""
     with stage(f"solve block {index}", log=Path(log), record=Path(record), advice=PASSES) as measured:
         around = Block(source, index, calibration, record=record)
-        known = statistics_of(covariances, gradients=gradients, buckets=buckets, device=around.device)
+        known = statistics_of(
+            covariances, gradients=gradients, fisher=fisher, buckets=buckets, device=around.device
+        )
         stream, groups = None, [list(group) for group in known]
         if "shifted" in methods.OBJECTIVES[compression["objective"]].needs:
             x, x_shifted = Activations(Path(original or "")), Activations(Path(shifted or ""))

@@ -93,12 +93,18 @@ def seconds_left(folder: Path, *, done: int, count: int) -> float | None:
 
 
 def statistics_of(
-    covariances: str, *, gradients: str | None, buckets: str | None, device: torch.device
+    covariances: str,
+    *,
+    device: torch.device,
+    gradients: str | None = None,
+    fisher: str | None = None,
+    buckets: str | None = None,
 ) -> dict[tuple[str, ...], objectives.Statistics]:
     """Read what is known of a block's groups on the original side."""
     captured = read_tensors(Path(covariances), device=device)
     averaged = read_tensors(Path(buckets), device=device) if buckets else {}
-    differentiated = read_tensors(Path(gradients), device=device) if gradients else {}
+    outer = read_tensors(Path(gradients), device=device) if gradients else {}
+    weights = read_tensors(Path(fisher), device=device) if fisher else {}
     found = {}
     for key in captured:
         if not key.startswith("gram:"):
@@ -110,8 +116,8 @@ def statistics_of(
             absolute=captured[f"absolute:{joined}"],
             token_count=int(captured["token_count"]),
             buckets=unpack(averaged[key]) if averaged else None,
-            squared={name: differentiated[f"squared:{name}"] for name in group} if differentiated else {},
-            outer={name: unpack(differentiated[f"outer:{name}"]) for name in group} if differentiated else {},
+            squared={name: weights[f"squared:{name}"] for name in group} if weights else {},
+            outer={name: unpack(outer[f"outer:{name}"]) for name in group} if outer else {},
         )
     return found
 

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer
 
 from aasvd import blocks, calibration, compress, gradients
@@ -134,11 +133,35 @@ def differentiate_block(
                 device=around.device,
                 on_gradient=append,
             )
-        tensors: dict[str, Tensor] = {}
-        for name, some in found.items():
-            tensors |= {f"squared:{name}": some.squared, f"norm:{name}": some.norm}
-            tensors[f"outer:{name}"] = pack(some.outer)
-        write_tensors(Path(statistics), tensors)
+        write_tensors(Path(statistics), {f"outer:{name}": pack(outer) for name, outer in found.items()})
+
+
+def differentiate_weights(
+    *,
+    source: str,
+    inputs: str,
+    upstream: str,
+    output: str,
+    record: str,
+    index: int,
+    settings: Mapping[str, Any],
+    log: str,
+) -> None:
+    """Run one original block forward and backward for the gradients of its linears' weights."""
+    with stage(f"fisher block {index}", log=Path(log), record=Path(record), advice=PASSES):
+        x = Activations(Path(inputs))
+        around = Block(source, index, settings, record=record)
+        arguments = around.arguments(x)
+        found = gradients.block_fisher(
+            around.original(),
+            around.groups(x, arguments),
+            inputs=x,
+            upstream=Activations(Path(upstream)),
+            arguments=arguments,
+            device=around.device,
+        )
+        tensors = {f"squared:{name}": some.squared for name, some in found.items()}
+        write_tensors(Path(output), tensors | {f"norm:{name}": some.norm for name, some in found.items()})
 
 
 def average_block(

@@ -21,6 +21,7 @@ def measure_block(
     source: str,
     covariances: str,
     gradients: str | None,
+    fisher: str | None,
     tokens: str | None,
     inputs: str | None,
     outputs: str | None,
@@ -41,7 +42,7 @@ def measure_block(
                 Activations(Path(inputs)), Activations(Path(outputs)), device=around.device
             )
             return write_tensors(Path(output), found)
-        groups = statistics_of(covariances, gradients=gradients, buckets=None, device=around.device)
+        groups = statistics_of(covariances, gradients=gradients, device=around.device)
         statistics = {name: known for group, known in groups.items() for name in group}
         linears = blocks.linears(around.original())
         weights = {name: linears[name].weight for name in statistics}
@@ -50,7 +51,7 @@ def measure_block(
         elif kind == "influence":
             found = measures.influence(weights, groups, objective=number)
         elif kind == "relative_gradients":
-            norms = read_tensors(Path(gradients or ""), device=around.device)
+            norms = read_tensors(Path(fisher or ""), device=around.device)
             found = {
                 name: (norms[f"norm:{name}"] / weight.double().norm())[None]
                 for name, weight in weights.items()

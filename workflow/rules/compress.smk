@@ -66,6 +66,7 @@ rule solve_block:
         gradients=where_needed(
             "gradients", lambda w: f"{paths_of(w).original}/block_{w.block}/gradients.safetensors"
         ),
+        fisher=where_needed("fisher", lambda w: f"{paths_of(w).original}/block_{w.block}/fisher.safetensors"),
         buckets=where_needed(
             "buckets",
             lambda w: f"{paths_of(w).original}/block_{w.block}/buckets_"

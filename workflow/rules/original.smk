@@ -121,6 +121,27 @@ rule differentiate_block:
         )
 
 
+rule differentiate_weights:
+    """Run one original block backward for the gradients of its linears' weights."""
+    input:
+        source=lambda w: ancient(dense_source(w)),
+        inputs=lambda w: ancient(original_input(w, int(w.block))),
+        upstream=lambda w: ancient(upstream_gradient(w, int(w.block))),
+    output:
+        output=f"{ORIGINAL}/block_{{block}}/fisher.safetensors",
+        record=f"{ORIGINAL}/block_{{block}}/fisher.json",
+    log:
+        "logs/{model}/{calibration}/fisher_{block}.log",
+    resources:
+        gpu=1,
+    params:
+        settings=settings_of("calibration"),
+    run:
+        stages(wildcards).differentiate_weights(
+            **input, **output, index=int(wildcards.block), settings=params.settings, log=log[0]
+        )
+
+
 rule average_block:
     """Run one original block for the covariances of inputs averaged over buckets of sequences."""
     input:
@@ -153,14 +174,19 @@ def measured_from(kinds, function):
     return lambda w: [ancient(function(w))] if w.measure.partition("-")[0] in kinds else []
 
 
+def differentiated(statistic):
+    """An input function that gives a statistic of gradients only to the measures that are made from it."""
+    kinds = [kind for kind, made_from in methods.DIFFERENTIATED.items() if made_from == statistic]
+    return measured_from(kinds, lambda w: f"{ORIGINAL}/block_{{block}}/{statistic}.safetensors".format(**w))
+
+
 rule measure_block:
     """Measure what an allocation of ranks looks at, on one original block."""
     input:
         source=lambda w: ancient(dense_source(w)),
         covariances=ancient(f"{ORIGINAL}/block_{{block}}/covariances.safetensors"),
-        gradients=measured_from(
-            methods.DIFFERENTIATED, lambda w: f"{ORIGINAL}/block_{{block}}/gradients.safetensors".format(**w)
-        ),
+        gradients=differentiated("gradients"),
+        fisher=differentiated("fisher"),
         tokens=measured_from(("sensitivity",), lambda w: f"{CALIBRATION}/tokens.parquet".format(**w)),
         inputs=measured_from(("sensitivity", "profile"), lambda w: original_input(w, int(w.block))),
         outputs=measured_from(("profile",), lambda w: original_input(w, int(w.block) + 1)),
