@@ -162,8 +162,8 @@ def test_captured_covariances_are_the_explicit_ones(
             # rounding in some ten steps.
             bound = 500 * EPS * float(x.square().sum(0).max() * x.shape[1])
             torch.testing.assert_close(gram, x @ x.T, rtol=0, atol=bound)
-                # Each batch is summed in float32.
-                torch.testing.assert_close(absolute, x.abs().sum(1), rtol=1e-6, atol=0)
+            # Each batch is summed in float32.
+            torch.testing.assert_close(absolute, x.abs().sum(1), rtol=1e-6, atol=0)
     with torch.no_grad():
         expected = case.block(case.x, **case.arguments)
     torch.testing.assert_close(
