@@ -29,7 +29,7 @@ DEFAULT = "default"  # the run whose model and ratio are those of params.yaml
 RUN = re.compile(r"(?P<model>.+)_r(?P<ratio>[0-9.]+)(?P<parts>(?:_[A-Za-z0-9-]+){,2})")
 
 # Raised when a stage's output would change for the same parameters; part of every key below it.
-VERSIONS = {"model": 1, "text": 1, "task": 1, "calibration": 4, "compression": 3, "evaluation": 2}
+VERSIONS = {"model": 1, "text": 1, "task": 1, "calibration": 5, "compression": 3, "evaluation": 2}
 
 # Settings that change how a result is computed, but not which result it is.
 _NOT_IN_KEYS = {

@@ -117,7 +117,7 @@ def statistics_of(
             token_count=int(captured["token_count"]),
             buckets=unpack(averaged[key]) if averaged else None,
             squared={name: weights[f"squared:{name}"] for name in group} if weights else {},
-            outer={name: unpack(outer[f"outer:{name}"]) for name in group} if outer else {},
+            outer={name: unpack(outer[f"outer:{name}"].double()) for name in group} if outer else {},
         )
     return found
 

@@ -133,7 +133,10 @@ def differentiate_block(
                 device=around.device,
                 on_gradient=append,
             )
-        write_tensors(Path(statistics), {f"outer:{name}": pack(outer) for name, outer in found.items()})
+        # What was summed in float32 is stored so.
+        write_tensors(
+            Path(statistics), {f"outer:{name}": pack(outer).float() for name, outer in found.items()}
+        )
 
 
 def differentiate_weights(
