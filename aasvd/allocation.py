@@ -358,6 +358,15 @@ def adasvd(problem: Problem) -> Floats:
     return _by_block(problem, weights)
 
 
+def dobi(problem: Problem) -> Floats:
+    """Dobi-SVD: what its trained truncation positions keep (`aasvd.truncation`).
+
+    The penalty that they were trained with meets the budget only nearly, so the shares are scaled alike.
+    """
+    trained = [float(problem.of_layer("positions", layer)) for layer in problem.layers]
+    return spread(np.array(trained), _sizes(problem.layers), problem.ratio)
+
+
 def dipsvd(problem: Problem) -> Floats:
     """DipSVD: a block keeps more, the more sensitive the loss and the higher the rank of its outputs."""
     return _dipsvd(problem, sign=1)
@@ -398,6 +407,7 @@ SHARES: dict[str, Callable[[Problem], Floats]] = {
         effective_rank,
         swift,
         adasvd,
+        dobi,
         dipsvd,
         dipsvd_inverted,
     )

@@ -14,6 +14,10 @@ What there is to need, per block:
     buckets       the covariance of averaged calibration sequences: one more pass of the original blocks
     spectra, influence, profile, sensitivity    see `aasvd.measures`
 
+and for the whole model, at one ratio:
+
+    positions     truncation positions trained by the model's loss: see `aasvd.truncation`
+
 The covariances of the original inputs are always there: capturing the original activations makes them.
 """
 
@@ -60,6 +64,7 @@ ALLOCATIONS = {
     "effective_rank": Piece(("spectra",)),
     "swift": Piece(("spectra", "profile")),
     "adasvd": Piece(("profile",)),
+    "dobi": Piece(("positions",), ("dobi",)),
     "dipsvd": Piece(("profile", "relative_gradients")),
     "dipsvd_inverted": Piece(("profile", "relative_gradients")),
     "optimal": Piece(("influence",)),

@@ -29,7 +29,15 @@ DEFAULT = "default"  # the run whose model and ratio are those of params.yaml
 RUN = re.compile(r"(?P<model>.+)_r(?P<ratio>[0-9.]+)(?P<parts>(?:_[A-Za-z0-9-]+){,2})")
 
 # Raised when a stage's output would change for the same parameters; part of every key below it.
-VERSIONS = {"model": 1, "text": 1, "task": 1, "calibration": 5, "compression": 3, "evaluation": 2}
+VERSIONS = {
+    "model": 1,
+    "text": 1,
+    "task": 1,
+    "calibration": 5,
+    "compression": 3,
+    "evaluation": 2,
+    "positions": 1,
+}
 
 # Settings that change how a result is computed, but not which result it is.
 _NOT_IN_KEYS = {
@@ -209,11 +217,21 @@ def _settings(config: Config, method: list[str], overrides: list[Config]) -> dic
     sections = ("seed", "calibration", "compression", "refinement", "post", "evaluation")
     settings = {section: copy.deepcopy(config[section]) for section in sections}
     for override in [config["methods"][chosen], *overrides]:
-        for section, value in override.items():
-            settings[section] = {**settings[section], **value} if isinstance(value, Mapping) else value
+        settings = _merged(settings, override)
     settings["compression"]["method"] = chosen
     settings["evaluation"] = measurements(config, settings["evaluation"])
     return settings
+
+
+def _merged(settings: Config, override: Config) -> dict[str, Any]:
+    """Return settings with those of an override in their places, however deep."""
+    return {
+        **settings,
+        **{
+            name: _merged(settings[name], value) if isinstance(value, Mapping) else value
+            for name, value in override.items()
+        },
+    }
 
 
 def measurements(config: Config, evaluation: Config) -> dict[str, Any]:
@@ -311,6 +329,8 @@ def compression_ingredients(config: Config, run: Run) -> dict[str, Any]:
                 "rank of every linear from it, as in the ranks.json of a finished run"
             )
         compression["ranks_content"] = _content({"path": compression["ranks_file"]})
+    if trains_positions(run):
+        compression["positions"] = key_of(positions_ingredients(config, run))
     refinement, post = _section(run.settings, "refinement"), _section(run.settings, "post")
     return {
         "version": VERSIONS["compression"],
@@ -320,6 +340,18 @@ def compression_ingredients(config: Config, run: Run) -> dict[str, Any]:
         "refinement": refinement if refinement["epochs"] else {"epochs": 0},
         "post": post if post["epochs"] else {"epochs": 0},
         "seed": run.settings["seed"],
+    }
+
+
+def positions_ingredients(config: Config, run: Run) -> dict[str, Any]:
+    """Return what identifies trained truncation positions: other methods' settings make no difference."""
+    compression = run.settings["compression"]
+    return {
+        "version": VERSIONS["positions"],
+        "calibration": key_of(calibration_ingredients(config, run)),
+        "ratio": run.ratio,
+        "storage": compression["storage"],
+        "dobi": compression["dobi"],
     }
 
 
@@ -336,7 +368,13 @@ def measures(run: Run) -> list[str]:
     compression = run.settings["compression"]
     own = "loss_aware" if compression["objective"] == "loss_aware" else "input_aware"
     detail = {"influence": f"-{own}", "sensitivity": f"-{compression['probe']}"}
-    return [name + detail.get(name, "") for name in ALLOCATIONS[compression["allocation"]].needs]
+    looked_at = ALLOCATIONS[compression["allocation"]].needs
+    return [name + detail.get(name, "") for name in looked_at if name != "positions"]
+
+
+def trains_positions(run: Run) -> bool:
+    """Return whether a run's allocation looks at trained truncation positions."""
+    return "positions" in ALLOCATIONS[run.settings["compression"]["allocation"]].needs
 
 
 def original_files(run: Run) -> dict[str, str]:
@@ -393,6 +431,8 @@ class Paths:
         self.model = model_folder(config, run.model)
         self.calibration = ARTIFACTS / "calibration" / run.model / calibration
         self.original = ARTIFACTS / "original" / run.model / calibration
+        positions = f"r{run.ratio:g}-{key_of(positions_ingredients(config, run))}.safetensors"
+        self.positions = self.original / "positions" / positions if trains_positions(run) else None
         self.compressed = ARTIFACTS / "compressed" / run.model / calibration / compression
         # A post-step makes another checkpoint beside the one that it starts from.
         self.checkpoint = self.compressed / ("adapted" if run.settings["post"]["epochs"] else "model")
@@ -433,22 +473,34 @@ def task_file(config: Config, task: str) -> Path:
     return ARTIFACTS / "sources" / "tasks" / task / key_of(task_ingredients(config, task)) / "rows.parquet"
 
 
-def find_run(config: Config, *, model: str, calibration: str, compression: str | None = None) -> Run:
+def find_run(
+    config: Config,
+    *,
+    model: str,
+    calibration: str,
+    compression: str | None = None,
+    positions: str | None = None,
+) -> Run:
     """Return a run whose artifacts lie under the given keys.
 
-    Keys cannot be read backwards: the runs of today's params.yaml are tried, at the ratio that the
-    compression key starts with.
+    Keys cannot be read backwards: the runs of today's params.yaml are tried, at the ratio that the key of
+    the compression or of trained positions starts with.
 
     Raises:
         ValueError: If none fits: the artifact was made with other parameters than those of today.
     """
-    for run in _runs(config, model, compression.split("-", 1)[0] if compression else "r0.5"):
+    for run in _runs(config, model, (compression or positions or "r0.5").split("-", 1)[0]):
         paths = Paths(config, run)
-        if paths.calibration.name == calibration and compression in (None, paths.compressed.name):
+        if (
+            paths.calibration.name == calibration
+            and compression in (None, paths.compressed.name)
+            and positions in (None, paths.positions and paths.positions.stem)
+        ):
             return run
+    named = {"compression": compression, "positions": positions}
     raise ValueError(
         f"no run of today's params.yaml has calibration key {calibration}"
-        + (f" and compression key {compression}" if compression else "")
+        + "".join(f" and {what} key {key}" for what, key in named.items() if key)
         + f" for model {model}; these artifacts were made with other parameters (see key.json beside them)"
     )
 
@@ -514,6 +566,7 @@ def phase_targets(config: Config, run: Run, phase: str, *, blocks: Callable[[], 
         "sample": lambda: [paths.calibration / "tokens.parquet"],
         "capture": lambda: [
             paths.original / "key.json",
+            *([paths.positions] if paths.positions else []),
             *(
                 paths.original / f"block_{block:03d}" / file
                 for block in range(blocks())

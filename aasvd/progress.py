@@ -7,7 +7,7 @@ stage does in that thread reports into them.
 import contextlib
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from datetime import UTC, datetime
 from pathlib import Path
@@ -82,3 +82,17 @@ class Bar(tqdm):  # type: ignore[type-arg]
     def _average_rate(self) -> float:
         elapsed = self.format_dict["elapsed"]
         return self.n / elapsed if elapsed else 0.0
+
+
+@contextlib.contextmanager
+def training(label: str) -> Iterator[Callable[[int, int, float], None]]:
+    """Show how far training is: yield what is called with (step, steps, loss) after each step."""
+    with Bar(desc=label, unit="step", leave=False, dynamic_ncols=True) as bar:
+
+        def on_step(step: int, steps: int, loss: float) -> None:
+            bar.total = steps
+            bar.set_postfix_str(f"loss {loss:.4g}", refresh=False)
+            report(loss=loss, step=step, steps=steps)
+            bar.update(step - bar.n)
+
+        yield on_step

@@ -43,7 +43,8 @@ def made_up() -> dict[str, list[dict[str, Tensor]]]:
     """Return every measure of a model whose later blocks and o_proj matter more."""
     chance = torch.Generator().manual_seed(0)
     found: dict[str, list[dict[str, Tensor]]] = {
-        name: [] for name in ("spectra", "influence", "sensitivity", "relative_gradients", "profile")
+        name: []
+        for name in ("spectra", "influence", "sensitivity", "relative_gradients", "profile", "positions")
     }
     for block in range(BLOCKS):
         scales = {
@@ -62,6 +63,9 @@ def made_up() -> dict[str, list[dict[str, Tensor]]]:
             {name: 20 + scales[name] * (1 - torch.tensor(CANDIDATES).double()) for name in SHAPES}
         )
         found["relative_gradients"].append({name: torch.tensor([scales[name]]).double() for name in SHAPES})
+        found["positions"].append(
+            {name: torch.tensor([min(1.0, 0.1 * scale)]).double() for name, scale in scales.items()}
+        )
         singular = torch.exp(-torch.arange(96) / (10 + 5 * block)).double()
         found["profile"].append({"cosine": torch.tensor([0.6 + 0.05 * block]).double(), "singular": singular})
     return found
@@ -274,6 +278,17 @@ def test_effective_rank_follows_the_entropy() -> None:
     flat[3]["mlp.up_proj"] = torch.ones(96, dtype=torch.float64)
     shares = allocate("effective_rank", problem(0.5, spectra=flat)).notes["shares"]
     assert max(shares) == shares[LAYERS.index(Layer(3, "mlp.up_proj", (256, 96)))]
+
+
+def test_dobi_scales_what_was_trained_to_the_budget() -> None:
+    shares = np.array(allocate("dobi", problem(0.4)).notes["shares"])
+    trained = np.array([float(MEASURES["positions"][layer.block][layer.name]) for layer in LAYERS])
+    below = shares < 1
+    scale = shares[below] / trained[below]
+    assert scale == pytest.approx(scale[0])
+    assert (trained[~below] * scale[0] >= 1).all()
+    sizes = np.array([layer.size for layer in LAYERS])
+    assert (shares * sizes).sum() / sizes.sum() == pytest.approx(0.4)
 
 
 # Ranks from a file

@@ -41,6 +41,7 @@ ORDER = [
     "refine",
     "layers",
     "adapt",
+    "truncation",
     "compress",
     "checkpoint",
     "sources",

@@ -76,7 +76,7 @@ def test_every_key_of_the_schema_says_what_it_is_and_none_has_a_default() -> Non
     for name, value in properties.items():
         assert "default" not in value, name
         # Sections of a variant refer to definitions that describe each key.
-        if set(value) != {"$ref"} and set(value) != {"$ref", "required"}:
+        if "$ref" not in value or not set(value) <= {"$ref", "required", "properties"}:
             assert value.get("description"), f"{name} has no description"
 
 
@@ -132,6 +132,8 @@ def test_no_object_of_the_schema_takes_unknown_keys() -> None:
         (["methods", "wild"], {"compression": {"method": "none"}}, r"unknown method 'none'"),
         (["methods", "norefine"], {}, r"norefine is both a method and a variant"),
         (["compression", "method"], "none", r"unknown method 'none'; params\.yaml has .*svd-llm"),
+        (["compression", "dobi", "epochs"], 0, r"compression\.dobi\.epochs: 0 is less than the minimum of 1"),
+        (["variants", "wild"], {"compression": {"dobi": {"lr": 1}}}, r"wild\.compression\.dobi: .*lr"),
         (["post", "rank"], 0, r"post\.rank: 0 is less than the minimum of 1"),
         (["seed"], -1, r"seed: -1 is less than the minimum of 0"),
     ],
@@ -301,6 +303,7 @@ ORIGINAL = COMPRESSED | {"calibration", "original"}
         ("compression", "blend", 0.1, set()),
         ("compression", "buckets", 7, set()),
         ("compression", "probe", 7, set()),
+        ("compression", "dobi", {"epochs": 7}, set()),
         ("compression", "ranks_file", "nowhere", set()),
         ("compression", "allocation", "uniform", COMPRESSED),
         ("post", "rank", 3, set()),
@@ -374,6 +377,51 @@ def test_ranks_of_a_file_count_by_its_content(local: Config, tmp_path: Path) -> 
     before = paths(local).compressed
     (tmp_path / "ranks.json").write_text('{"a": 1}')
     assert paths(local).compressed != before
+
+
+def test_trained_positions_are_shared_by_what_is_trained_alike(local: Config) -> None:
+    def file(run: str) -> Path | None:
+        return paths(local, f"mine_{run}").positions
+
+    local["variants"]["longer"] = {"compression": {"dobi": {"epochs": 30}}}
+    local["variants"]["pivoted"] = {"compression": {"storage": "pivoted"}}
+    trained = file("r0.6_dobi-svd-trained")
+    assert trained is not None
+    assert trained.is_relative_to(paths(local).original)
+    assert file("r0.6_dobi-svd") is None
+    # Neither refinement nor the objective matters to the training; ratio, cost of a rank and recipe do.
+    assert file("r0.6_dobi-svd-trained_refine") == trained
+    local["variants"]["other"] = {"compression": {"objective": "input_aware"}}
+    assert file("r0.6_dobi-svd-trained_other") == trained
+    others = [file(f"r{run}") for run in ("0.5_dobi-svd-trained", "0.6_dobi-svd-trained_longer")]
+    others += [file("r0.6_dobi-svd-trained_pivoted")]
+    assert len({trained, *others}) == 4
+    # An override of one setting leaves the others.
+    longer = params.parse_run(local, "mine_r0.6_dobi-svd-trained_longer").settings["compression"]
+    assert longer["dobi"] == local["compression"]["dobi"] | {"epochs": 30}
+    found = params.find_run(
+        local, model="mine", calibration=paths(local).calibration.name, positions=trained.stem
+    )
+    assert params.Paths(local, found).positions == trained
+    with pytest.raises(ValueError, match=r"positions key r0\.6-0000000000 for model mine"):
+        params.find_run(
+            local, model="mine", calibration=paths(local).calibration.name, positions="r0.6-0000000000"
+        )
+
+
+def test_settings_of_training_move_the_ranks_and_what_follows(
+    local: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "mine_r0.6_dobi-svd-trained"
+    before = where(paths(local, name))
+    local["compression"]["dobi"]["penalty"] = 20.0
+    changed = where(paths(local, name))
+    assert {key for key in before if before[key] != changed[key]} == {*COMPRESSED, "positions"}
+    monkeypatch.setitem(params.VERSIONS, "positions", params.VERSIONS["positions"] + 1)
+    newer = where(paths(local, name))
+    assert {key for key in before if changed[key] != newer[key]} == {*COMPRESSED, "positions"}
+    files = params.phase_targets(local, params.parse_run(local, name), "capture", blocks=lambda: 1)
+    assert str(newer["positions"]) in files
 
 
 def test_a_post_step_has_a_checkpoint_of_its_own(local: Config) -> None:

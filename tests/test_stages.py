@@ -83,6 +83,7 @@ class Chain:
         stages.allocate(
             outline=self.path("outline.json"),
             measured={},
+            positions=None,
             output=self.path("ranks.json"),
             record=self.path("allocate.json"),
             parameter_ratio=0.6,

@@ -31,6 +31,7 @@ pytestmark = pytest.mark.slow
 ORIGINALS = {"fetch_model", "fetch_text", "fetch_task", "sample_calibration", "embed", "capture_block"}
 COMPRESSION = {"allocate", "solve_block", "refine_block", "propagate", "assemble", "describe_compression"}
 MEASURES = {"perplexity", "accuracy"}
+SHORT = {"epochs": 2, "batch": 2, "learning_rate": 40.0, "beta": 10.0, "penalty": 200.0}
 NO_TASKS: dict[str, Any] = {"evaluation": {"tasks": []}}  # lm-eval takes seconds to import
 
 
@@ -295,6 +296,29 @@ def test_methods_on_original_inputs_cost_no_pass(another: Copy) -> None:
     assert finished(another.make("--", "results/tiny_r0.6_drone/eval.json")) == ["publish"]
     seconds = another.evaluation("tiny_r0.6_norefine")["seconds"]
     assert {"differentiate", "differentiate head", "measure", "allocate"} <= set(seconds)
+
+
+def test_trained_positions_are_made_once_for_a_ratio(another: Copy) -> None:
+    """By Dobi-SVD's allocation alone; its run says what the training took, and meets the budget."""
+    another.change(evaluation={"tasks": []}, compression={"dobi": SHORT})
+    name = "tiny_r0.6_dobi-svd-trained"
+    first = Counter(finished(another.make("--", f"results/{name}/eval.json")))
+    assert set(first) == (COMPRESSION - {"refine_block"}) | {"train_positions", "perplexity", "publish"}
+    assert first["train_positions"] == 1
+    trained = another.find("original/tiny/*/positions/r0.6-*.json")
+    described = json.loads(another.path(trained).read_text())
+    assert len(described["epochs"]) == SHORT["epochs"]
+    assert all(math.isfinite(number) for epoch in described["epochs"] for number in epoch.values())
+    assert math.isfinite(another.evaluation(name)["perplexity"]["made-up"]["compressed"])
+    # One rank of the tiny model's smallest linear is 0.2 % of all linears.
+    assert 0.598 < another.evaluation(name)["ratio"]["achieved"] <= 0.6
+    assert another.evaluation(name)["seconds"]["train positions"] == described["seconds"]
+    assert set(another.planned(f"results/{name}_refine/eval.json")) == COMPRESSION | {"perplexity", "publish"}
+    # The same bytes when it is made again, by the command that its path gives.
+    before = tensors(another)
+    another.path(trained.with_suffix(".safetensors")).unlink()
+    assert finished(another.make("--", trained.with_suffix(".safetensors"))) == ["train_positions"]
+    assert tensors(another) == before
 
 
 def test_a_comparison_makes_all_its_runs(another: Copy) -> None:

@@ -19,7 +19,7 @@ from aasvd.stages.originals import (
     sample_calibration,
 )
 from aasvd.stages.publication import collect, compare, present, publish, write_key
-from aasvd.stages.ranks import allocate, measure_block
+from aasvd.stages.ranks import allocate, measure_block, train_positions
 from aasvd.stages.stage import StageError
 
 __all__ = [
@@ -49,5 +49,6 @@ __all__ = [
     "refine_block",
     "sample_calibration",
     "solve_block",
+    "train_positions",
     "write_key",
 ]

@@ -122,14 +122,7 @@ def adapt_model(
     with stage("adapt", log=Path(log), record=Path(record), advice="lower post.batch") as measured:
         ids = calibration.read_tokens(Path(tokens))
         model, _ = load_model(model_folder(checksums), calibration_settings)
-        with progress.Bar(desc="post-step", unit="step", leave=False, dynamic_ncols=True) as bar:
-
-            def on_step(step: int, steps: int, loss: float) -> None:
-                bar.total = steps
-                bar.set_postfix_str(f"loss {loss:.4g}", refresh=False)
-                progress.report(loss=loss, step=step, steps=steps)
-                bar.update(step - bar.n)
-
+        with progress.training("post-step") as on_step:
             measured["losses"] = adapt.adapt(
                 model,
                 ids,

@@ -9,11 +9,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from aasvd import allocation, blocks, calibration, measures, objectives
+from aasvd import allocation, blocks, calibration, measures, objectives, progress, truncation
 from aasvd.artifacts import Activations, read_json, read_tensors, write_json, write_tensors
 from aasvd.rank import uniform_rank
-from aasvd.stages.loading import Block, statistics_of
+from aasvd.stages.loading import Block, load_model, model_folder, statistics_of
 from aasvd.stages.stage import PASSES, stage
+
+_WHOLE = (
+    "the allocation dobi trains on the whole model with one sequence at a time: set fewer "
+    "calibration.tokens, or another compression.allocation, in params.yaml"
+)
 
 
 def measure_block(
@@ -102,17 +107,70 @@ def _sensitivity(
     )
 
 
+def train_positions(
+    *,
+    source: str,
+    outline: str,
+    tokens: str,
+    output: str,
+    record: str,
+    parameter_ratio: float,
+    seed: int,
+    calibration_settings: Mapping[str, Any],
+    compression: Mapping[str, Any],
+    log: str,
+) -> None:
+    """Train truncation positions (Dobi-SVD): what share of its parameters each linear is to keep."""
+    with stage("train positions", log=Path(log), record=Path(record), advice=_WHOLE) as described:
+        model, _ = load_model(model_folder(source), calibration_settings)
+        recipe = truncation.Recipe(**compression["dobi"])
+        ids = calibration.read_tokens(Path(tokens))
+        with progress.training("train positions") as on_step:
+            found = truncation.train(
+                model,
+                {name: (m, n) for name, (m, n) in read_json(Path(outline))["linears"].items()},
+                ids,
+                ratio=parameter_ratio,
+                storage=compression["storage"],
+                recipe=recipe,
+                seed=seed,
+                on_step=on_step,
+            )
+        write_tensors(
+            Path(output), {name: torch.tensor([share]).double() for name, share in found.shares.items()}
+        )
+        means = (
+            torch.tensor(found.steps).view(recipe.epochs, -1, len(truncation.Step._fields)).mean(1).tolist()
+        )
+        described |= {
+            "best": {"step": found.best + 1, **found.steps[found.best]._asdict()},
+            "epochs": [truncation.Step(*mean)._asdict() for mean in means],
+        }
+
+
 def allocate(
     *,
     outline: str,
     measured: Mapping[str, Sequence[str]],
+    positions: str | None,
     output: str,
     record: str,
     parameter_ratio: float,
     compression: Mapping[str, Any],
     log: str,
 ) -> None:
-    """Choose the rank of every linear at the parameter budget; `measured` are files by measure and block."""
+    """Choose the rank of every linear at the parameter budget.
+
+    Args:
+        outline: The model's outline.json.
+        measured: Files by measure and block.
+        positions: File of `train_positions`, where the allocation looks at it.
+        output: ranks.json.
+        record: Where what was chosen is summed up.
+        parameter_ratio: Share of the linears' parameters that is kept.
+        compression: The section of params.yaml.
+        log: Log file.
+    """
     with stage("allocate", log=Path(log), record=Path(record), advice=PASSES) as described:
         model = read_json(Path(outline))
         layers = []
@@ -120,15 +178,17 @@ def allocate(
             index, _, inner = name.removeprefix(f"{model['path']}.").partition(".")
             layers.append(allocation.Layer(int(index), inner, tuple(shape)))
         host = torch.device("cpu")
-        problem = allocation.Problem(
-            layers,
-            parameter_ratio,
-            {
-                measure.partition("-")[0]: [read_tensors(Path(file), device=host) for file in files]
-                for measure, files in measured.items()
-            },
-            compression,
-        )
+        looked_at = {
+            measure.partition("-")[0]: [read_tensors(Path(file), device=host) for file in files]
+            for measure, files in measured.items()
+        }
+        if positions:
+            trained = read_tensors(Path(positions), device=host)
+            looked_at["positions"] = [
+                {name.removeprefix(f"{model['path']}.{block}."): share for name, share in trained.items()}
+                for block in range(model["blocks"])
+            ]
+        problem = allocation.Problem(layers, parameter_ratio, looked_at, compression)
         ranks, notes = allocation.allocate(compression["allocation"], problem)
         stored = problem.stored(ranks)
         achieved = stored / sum(layer.size for layer in layers)

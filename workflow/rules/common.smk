@@ -27,6 +27,7 @@ wildcard_constraints:
     split=r"train|test",
     measure=r"(spectra|influence|relative_gradients|profile|sensitivity)(-\w+)?",
     buckets=r"\d+",
+    positions=r"r[0-9.]+-[0-9a-f]{10}",
 
 
 def checked(function, *args, **kwargs):
@@ -46,8 +47,8 @@ for run in params.named_runs(sys.argv[1:]):
 # Every job asks for its run a few times, and working out a key reads local models and texts.
 parse_run = functools.cache(lambda name: checked(params.parse_run, config, name))
 find_run = functools.cache(
-    lambda model, calibration, compression: checked(
-        params.find_run, config, model=model, calibration=calibration, compression=compression
+    lambda model, calibration, compression, positions=None: checked(
+        params.find_run, config, model=model, calibration=calibration, compression=compression, positions=positions
     )
 )
 paths_by_name = functools.cache(lambda name: params.Paths(config, parse_run(name)))
@@ -58,7 +59,7 @@ def run_of(wildcards):
     if "run" in wildcards.keys():
         REQUESTED.add(wildcards.run)
         return parse_run(wildcards.run)
-    return find_run(wildcards.model, wildcards.calibration, wildcards.get("compression"))
+    return find_run(wildcards.model, wildcards.calibration, wildcards.get("compression"), wildcards.get("positions"))
 
 
 def paths_of(wildcards):

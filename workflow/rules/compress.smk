@@ -36,6 +36,7 @@ rule allocate:
     input:
         outline=lambda w: ancient(dense_source(w).replace("source.json", "outline.json")),
         measured=measured_blocks,
+        positions=lambda w: [ancient(str(paths_of(w).positions))] if paths_of(w).positions else [],
     output:
         output=f"{COMPRESSED}/ranks.json",
         record=f"{COMPRESSED}/allocate.json",
@@ -48,6 +49,7 @@ rule allocate:
         stages(wildcards).allocate(
             outline=input.outline,
             measured=by_measure(wildcards, input.measured),
+            positions=given(input)["positions"],
             **output,
             parameter_ratio=params.ratio,
             compression=params.settings,

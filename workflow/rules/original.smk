@@ -210,6 +210,33 @@ rule measure_block:
         )
 
 
+rule train_positions:
+    """Train truncation positions on the whole model, for one ratio (Dobi-SVD)."""
+    input:
+        source=lambda w: ancient(dense_source(w)),
+        outline=lambda w: ancient(dense_source(w).replace("source.json", "outline.json")),
+        tokens=ancient(f"{CALIBRATION}/tokens.parquet"),
+    output:
+        output=f"{ORIGINAL}/positions/{{positions}}.safetensors",
+        record=f"{ORIGINAL}/positions/{{positions}}.json",
+    log:
+        "logs/{model}/{calibration}/positions_{positions}.log",
+    resources:
+        gpu=1,
+    params:
+        run=run_of,
+    run:
+        stages(wildcards).train_positions(
+            **input,
+            **output,
+            parameter_ratio=params.run.ratio,
+            seed=params.run.settings["seed"],
+            calibration_settings=params.run.settings["calibration"],
+            compression=params.run.settings["compression"],
+            log=log[0],
+        )
+
+
 rule describe_calibration:
     """Write down, in readable form, what a calibration key was made from."""
     output:

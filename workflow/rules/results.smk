@@ -21,6 +21,7 @@ def records(wildcards):
             paths.original / "embed.json",
             *([paths.original / "differentiate.json"] if "differentiate.json" in statistics else []),
             *(paths.original / f"block_{block:03d}" / record for block in blocks for record in statistics),
+            *([paths.positions.with_suffix(".json")] if paths.positions else []),
             *(
                 paths.compressed / f"block_{block:03d}" / f"{stage}.json"
                 for block in blocks

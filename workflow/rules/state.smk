@@ -46,6 +46,7 @@ def works_for(run, wildcards):
         "model": run.model,
         "calibration": paths.calibration.name,
         "compression": paths.compressed.name,
+        "positions": paths.positions and paths.positions.stem,
     }
     subject = f"{own['calibration']}/{own['compression']}"
     return all(wildcards[name] == own[name] for name in own if name in wildcards.keys()) and (
