@@ -19,7 +19,7 @@ from torch import Tensor
 
 from aasvd.knapsack import choose
 from aasvd.methods import ALLOCATIONS
-from aasvd.rank import stored_parameters, uniform_rank
+from aasvd.rank import COSTS, stored_parameters, uniform_rank
 
 # ASVD's candidate ratios.
 CANDIDATES = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -160,7 +160,7 @@ def round_shares(problem: Problem, shares: Floats) -> list[int | None]:
 
 def largest_rank(problem: Problem, layer: Layer) -> int:
     """Return the largest rank whose stored form is smaller than the matrix; 0 if there is none."""
-    low, high = 0, min(layer.shape)
+    low, high = 0, COSTS[problem.storage].largest(*layer.shape)
     while low < high:
         middle = (low + high + 1) // 2
         smaller = problem.cost(layer, middle) < layer.size
@@ -462,9 +462,11 @@ def from_file(problem: Problem) -> Allocation:
             f"{difference[0]!r} is missing or unknown"
         )
     for layer, name in zip(problem.layers, names, strict=True):
-        rank = given[name]
-        if rank is not None and (type(rank) is not int or not 1 <= rank <= min(layer.shape)):
-            raise ValueError(f"{path}: rank {rank!r} of {name}: expected 1 to {min(layer.shape)}, or null")
+        rank, largest = given[name], COSTS[problem.storage].largest(*layer.shape)
+        if rank is not None and (type(rank) is not int or not 0 <= rank <= largest):
+            raise ValueError(
+                f"{path}: rank {rank!r} of {name}: expected 1 to {largest}, 0 to remove it, or null"
+            )
     ranks: list[int | None] = [given[name] for name in names]
     kept = problem.stored(ranks) / sum(layer.size for layer in problem.layers)
     if abs(kept - problem.ratio) > _TOLERANCE * problem.ratio:
@@ -475,4 +477,54 @@ def from_file(problem: Problem) -> Allocation:
     return Allocation(ranks, {})
 
 
-RANKS: dict[str, Callable[[Problem], Allocation]] = {"optimal": optimal, "file": from_file}
+# --- rules that remove whole parts ------------------------------------------------------------------------
+
+
+def shortgpt(problem: Problem) -> Allocation:
+    """ShortGPT: the blocks with the least influence go, 1 − cos(input, output) averaged over tokens, at once.
+
+    Paper: a number of blocks. Here: as few as meet the budget, so at most it is kept.
+    """
+    influence = 1 - np.array([float(x) for x in problem.of_blocks("profile", "cosine")])
+    parts = [
+        [index for index, layer in enumerate(problem.layers) if layer.block == block]
+        for block in np.argsort(influence, kind="stable")
+    ]
+    return _remove(problem, parts, {"influence": [float(x) for x in influence]})
+
+
+def blockpruner(problem: Problem) -> Allocation:
+    """BlockPruner: attention or MLP of a block go, in the order of its search (`aasvd.pruning.Removals`).
+
+    Paper: a number of them. Here: as few, in that order, as meet the budget.
+    """
+    (measured,) = problem.measures["removal"]
+    places = [measured.get(f"{layer.block}.{layer.name}") for layer in problem.layers]
+    parts = [
+        [index for index, own in enumerate(places) if own is not None and int(own) == place]
+        for place in range(len(measured["perplexity"]))
+    ]
+    return _remove(problem, parts, {})
+
+
+def _remove(problem: Problem, parts: Sequence[Sequence[int]], notes: dict[str, Any]) -> Allocation:
+    """Remove parts, each a list of layers, in their order until the budget is met; the rest stays dense."""
+    ranks: list[int | None] = [None] * len(problem.layers)
+    gone = 0
+    while problem.stored(ranks) > problem.budget and gone < len(parts):
+        for index in parts[gone]:
+            ranks[index] = 0
+        gone += 1
+    if gone == len(parts):
+        raise ValueError(
+            f"ratio {problem.ratio} is below what one part of the model takes: choose a larger one"
+        )
+    return Allocation(ranks, notes | {"removed": gone, "parts": len(parts)})
+
+
+RANKS: dict[str, Callable[[Problem], Allocation]] = {
+    "optimal": optimal,
+    "file": from_file,
+    "shortgpt": shortgpt,
+    "blockpruner": blockpruner,
+}

@@ -5,7 +5,10 @@ processor's matrix units; at a block's refinement that was a third of a step. Ca
 short, so the probabilities can be kept, and everything is a batched matrix product or one fused pass.
 """
 
+import contextlib
 import math
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -20,6 +23,21 @@ NAME = "aasvd"
 _QUERIES = 128
 # Above this length torch's kernel, which keeps nothing, is the better trade.
 _LONGEST = 4096
+
+
+# Takes the place of attention for a while: (module, query, key, value) → output.
+StandIn = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
+_stand_in: ContextVar[StandIn | None] = ContextVar("stand_in", default=None)
+
+
+@contextlib.contextmanager
+def replaced(stand_in: StandIn) -> Iterator[None]:
+    """Call a function in the place of attention, with the tensors that `attention` gets."""
+    token = _stand_in.set(stand_in)
+    try:
+        yield
+    finally:
+        _stand_in.reset(token)
 
 
 def register() -> None:
@@ -55,6 +73,8 @@ def attention(
     Returns:
         The outputs, (sequences, tokens, heads, width), and no probabilities.
     """
+    if stand_in := _stand_in.get():
+        return stand_in(module, query, key, value), None
     trains = torch.is_grad_enabled() and query.requires_grad
     plain = attention_mask is None and dropout == 0 and is_causal is not False
     causal = is_causal or getattr(module, "is_causal", True)

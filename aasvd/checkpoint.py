@@ -36,6 +36,7 @@ from aasvd.artifacts import DamagedArtifactError, digest, remake_command, replac
 from aasvd.formats import FORMATS, replace_linears
 from aasvd.fusion import fuse
 from aasvd.lowrank import CompressedLinear
+from aasvd.pruned import PrunedLinear
 from aasvd.weights import TYPE_NAMES, StoredTensor, stored_tensors, weight_files, write_safetensors
 
 METHOD = "aasvd"
@@ -64,6 +65,7 @@ class AasvdConfig(QuantizationConfigMixin):
     Attributes:
         ranks: Rank of each factored linear, by its module name in the causal language model.
         storage: How a factored linear is stored, one of `aasvd.formats.FORMATS`.
+        kept: Rows and columns that stay of each pruned linear, by its module name.
         format_version: Version of this layout.
         details: Where the numbers come from: method, objective, ratio and so on; not interpreted here.
     """
@@ -73,6 +75,7 @@ class AasvdConfig(QuantizationConfigMixin):
         *,
         ranks: Mapping[str, int] | None = None,
         storage: str = "factors",
+        kept: Mapping[str, Sequence[int]] | None = None,
         format_version: int | None = None,
         details: Mapping[str, object] | None = None,
         quant_method: str = METHOD,
@@ -105,12 +108,24 @@ class AasvdConfig(QuantizationConfigMixin):
                 raise ValueError(
                     f"quantization_config.ranks[{name!r}] is {rank!r}: expected a positive integer"
                 )
+        if not isinstance(kept, Mapping | None):
+            raise ValueError(
+                f"quantization_config.kept is {kept!r}: expected an object of module names and sizes"
+            )
+        for name, size in (kept or {}).items():
+            whole = isinstance(size, list | tuple) and [type(number) for number in size] == [int, int]
+            if not whole or name in ranks:
+                raise ValueError(
+                    f"quantization_config.kept[{name!r}] is {size!r}: expected how many rows and columns "
+                    "stay of a linear without rank"
+                )
         if not isinstance(details, Mapping | None):
             raise ValueError(f"quantization_config.details is {details!r}: expected an object")
         self.quant_method = METHOD
         self.format_version = format_version
         self.storage = storage
         self.ranks = dict(ranks)
+        self.kept = {name: list(size) for name, size in (kept or {}).items()}
         self.details = dict(details or {})
 
 
@@ -137,17 +152,19 @@ class AasvdQuantizer(HfQuantizer):
         own = name in (model.config.architectures or [name])
         # A model without head (AutoModel) has the names of the causal model less its backbone's prefix.
         prefix = f"{model.base_model_prefix}." if model.base_model is model and not own else ""
-        ranks = self.quantization_config.ranks
+        ranks, kept = self.quantization_config.ranks, self.quantization_config.kept
+        compressed = {*ranks, *kept}
         replace_linears(
             model,
             {key.removeprefix(prefix): rank for key, rank in ranks.items() if key.startswith(prefix)},
             storage=self.quantization_config.storage,
+            kept={key.removeprefix(prefix): size for key, size in kept.items() if key.startswith(prefix)},
         )
         expected = {prefix + key: tensor for key, tensor in saved_tensors(model).items()}
         stored = stored_tensors([Path(file) for file in checkpoint_files])
         # Under another head than the stored one, transformers starts the new head and drops the old one, as
         # with any checkpoint; only the factors have no start of their own.
-        required = set(expected) if own else {key for key in expected if _module(key) in ranks}
+        required = set(expected) if own else {key for key in expected if _module(key) in compressed}
         folder = Path(checkpoint_files[0]).parent
         if missing := sorted(required - set(stored)):
             raise ValueError(f"{folder} lacks {len(missing)} tensors of {name}, the first is {missing[0]}")
@@ -158,8 +175,9 @@ class AasvdQuantizer(HfQuantizer):
             )
         for key in sorted(expected.keys() & stored.keys()):
             _check_stored(key, expected[key], stored[key])
-            if _module(key) in ranks:
-                _check_overhead(key, stored[key], FORMATS[self.quantization_config.storage])
+            if _module(key) in compressed:
+                layer = model.get_submodule(_module(key).removeprefix(prefix))
+                _check_overhead(key, stored[key], layer)
         _check_digests(folder, [Path(file) for file in checkpoint_files])
         return model
 
@@ -223,8 +241,9 @@ def counts(folder: Path, linears: Sequence[str]) -> dict[str, int]:
         ValueError: If the folder holds no weights in safetensors, or nothing of one of the linears.
     """
     files = weight_files(folder)
-    overhead = {leaf for layer in FORMATS.values() for leaf in layer.OVERHEAD}
+    overhead = {leaf for layer in FORMATS.values() for leaf in layer.OVERHEAD} | {*PrunedLinear.OVERHEAD}
     numbers = dict.fromkeys(linears, 0)
+    found: set[str] = set()
     total = 0
     for name, tensor in stored_tensors(files).items():
         module, _, leaf = name.rpartition(".")
@@ -234,7 +253,8 @@ def counts(folder: Path, linears: Sequence[str]) -> dict[str, int]:
         total += elements
         if module in numbers and leaf != "bias":
             numbers[module] += elements
-    if absent := [name for name, elements in numbers.items() if elements == 0]:
+            found.add(module)
+    if absent := [name for name in numbers if name not in found]:
         raise ValueError(f"{folder} holds no weight of the linear {absent[0]}")
     return {
         "linears": sum(numbers.values()),
@@ -249,6 +269,7 @@ def write(
     output: Path,
     ranks: Mapping[str, int],
     storage: str,
+    kept: Mapping[str, Sequence[int]] | None = None,
     details: Mapping[str, object],
     tensor: Callable[[str], Tensor],
     dtype: torch.dtype,
@@ -265,6 +286,7 @@ def write(
         output: Folder to make.
         ranks: Rank of each factored linear, by module name; all others stay dense.
         storage: How these are stored, one of `aasvd.formats.FORMATS`.
+        kept: Rows and columns that stay of each pruned linear, by module name.
         details: Recorded in config.json as they are; must be JSON without NaN.
         tensor: Returns the tensor of a name of the compressed model's state, such as
             `model.layers.0.self_attn.q_proj.u` or `model.norm.weight`, in any type, on any device. Called
@@ -285,10 +307,10 @@ def write(
         raise ValueError(f"{dense} is already quantized: its config.json has a quantization_config")
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
-    replace_linears(model, ranks, storage=storage)
+    replace_linears(model, ranks, storage=storage, kept=kept)
     plain = json.loads(json.dumps(details, allow_nan=False))
     model.config.quantization_config = AasvdConfig(
-        ranks=ranks, storage=storage, details=plain, format_version=FORMAT_VERSION
+        ranks=ranks, storage=storage, kept=kept, details=plain, format_version=FORMAT_VERSION
     )
     model.config.architectures = [type(model).__name__]
     model.config.dtype = str(dtype).removeprefix("torch.")
@@ -419,8 +441,9 @@ def _check_digests(folder: Path, weights: Sequence[Path]) -> None:
             )
 
 
-def _check_overhead(name: str, stored: StoredTensor, layer: type[CompressedLinear]) -> None:
-    """Raise ValueError where a tensor of indices or scales holds what no packing gives."""
+def _check_overhead(name: str, stored: StoredTensor, layer: Any) -> None:
+    """Raise ValueError where a tensor of indices or scales of a layer holds what no packing gives."""
+    assert isinstance(layer, CompressedLinear | PrunedLinear)
     leaf = name.rpartition(".")[2]
     if leaf not in layer.OVERHEAD:
         return

@@ -12,6 +12,7 @@ from aasvd.covariance import CrossGram, Gram
 from aasvd.lowrank import LowRankLinear
 from aasvd.methods import OBJECTIVES
 from aasvd.objectives import Options, Statistics, solver
+from aasvd.pruned import removed
 
 
 class Stream(NamedTuple):
@@ -146,7 +147,8 @@ class Solution(NamedTuple):
     """What solving one block gives.
 
     Attributes:
-        tensors: `<linear>.u` and `<linear>.v` of every compressed linear, float32 on the host.
+        tensors: `<linear>.u` and `<linear>.v` of every factorized linear, float32 on the host, and those of
+            `aasvd.pruned.PrunedLinear` of every linear that was removed.
         report: Per linear: rank (None where it stays dense), relative errors and the numerics used.
     """
 
@@ -176,7 +178,7 @@ def solve_block(
         groups: Names of its linears, grouped by shared input.
         objective: A name in `aasvd.methods.OBJECTIVES`.
         options: Blend and ridge.
-        ranks: Rank of every linear; None leaves it dense.
+        ranks: Rank of every linear; None leaves it dense, 0 removes it.
         statistics: What is known of each group on the original side.
         stream: Activations of both sides; needed by objectives that look at shifted inputs.
 
@@ -197,8 +199,16 @@ def solve_block(
         for matrix in (known.gram, known.shifted, known.cross, known.buckets):
             if matrix is not None and not torch.isfinite(matrix).all():
                 raise ValueError(f"the covariance of the inputs of {', '.join(group)} is not finite")
+        for name in (name for name in group if ranks[name] == 0):
+            layer = removed(_linear(original, name))
+            report[name] = {"rank": 0}
+            tensors |= {f"{name}.{part}": tensor.cpu() for part, tensor in layer.state_dict().items()}
+            compressed.set_submodule(name, layer)
+        if not any(ranks[name] for name in group):
+            report |= {name: {"rank": None} for name in group if ranks[name] is None}
+            continue
         solve = solver(objective, known, options=options)
-        for name in group:
+        for name in (name for name in group if ranks[name] != 0):
             weight, rank = _linear(original, name).weight.detach(), ranks[name]
             report[name] = {"rank": rank}
             if rank is None:

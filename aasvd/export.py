@@ -17,11 +17,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 from aasvd.checkpoint import METHOD, TOKENIZER_FILES
 from aasvd.lowrank import CompressedLinear
+from aasvd.pruned import PrunedLinear
 
 _logger = logging.getLogger(__name__)
 
@@ -49,7 +50,9 @@ def merge(folder: Path, output: Path) -> None:
         raise ValueError(f"{output} exists and is not empty: remove it first")
     model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     layers = [
-        (name, module) for name, module in model.named_modules() if isinstance(module, CompressedLinear)
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, CompressedLinear | PrunedLinear)
     ]
     for name, layer in layers:
         parent, _, leaf = name.rpartition(".")
@@ -73,11 +76,14 @@ def merge(folder: Path, output: Path) -> None:
     _logger.info("merged %d linears of %s", len(layers), folder)
 
 
-def _dense(name: str, layer: CompressedLinear, dtype: torch.dtype) -> nn.Linear:
+def _dense(name: str, layer: CompressedLinear | PrunedLinear, dtype: torch.dtype) -> nn.Linear:
     """Return the linear that a layer stands for, in a float type."""
     with torch.no_grad():
-        u, v = layer.factors(torch.float32)
-        weight: Tensor = (u.float() @ v.float()).to(dtype)
+        if isinstance(layer, PrunedLinear):
+            weight = layer.dense().to(dtype)
+        else:
+            u, v = layer.factors(torch.float32)
+            weight = (u.float() @ v.float()).to(dtype)
     if not torch.isfinite(weight).all():
         raise ValueError(f"{name}: the merged weight is not finite in {dtype}")
     linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")

@@ -1,15 +1,18 @@
 """The storage formats of a compressed linear: one class each, by the name that a checkpoint gives it.
 
 What a format costs is in `aasvd.rank`, under the same names; everything else is in its class: the layout of
-its tensors, how factors are packed into them, and the forward pass.
+its tensors, how factors are packed into them, and the forward pass. Linears of which rows and columns were
+left out are stored in one way only (`aasvd.pruned`), whatever the format of the others.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import nn
 
 from aasvd.lowrank import CompressedLinear, LowRankLinear
 from aasvd.pivoted import PivotedLinear
+from aasvd.pruned import PrunedLinear
 from aasvd.quantized import Int8LowRankLinear, Int8PivotedLinear, RemappedLinear
 
 FORMATS: dict[str, type[CompressedLinear]] = {
@@ -23,42 +26,59 @@ FORMATS: dict[str, type[CompressedLinear]] = {
 
 def format_name(storage: str, precision: str) -> str:
     """Return the format of `compression.storage` and `compression.precision` in params.yaml."""
+    if storage == "pruned":
+        return "factors"  # of no linear: nothing is factorized
     return f"{storage}-int8" if precision == "int8" else storage
 
 
-def replace_linears(model: nn.Module, ranks: Mapping[str, int], *, storage: str) -> None:
+def replace_linears(
+    model: nn.Module,
+    ranks: Mapping[str, int],
+    *,
+    storage: str,
+    kept: Mapping[str, Sequence[int]] | None = None,
+) -> None:
     """Put an empty compressed layer in the place of each named linear of a model, in its type and device.
 
     Args:
         model: Changed in place.
-        ranks: Rank of each linear to replace, by module name.
+        ranks: Rank of each linear to factorize, by module name.
         storage: One of FORMATS.
+        kept: Rows and columns that stay of each linear to prune, by module name.
 
     Raises:
         ValueError: If a name is not that of a linear of the model, its weight is tied to another module's,
-            or a rank exceeds the sizes of its linear.
+            or a rank or what is kept exceeds the sizes of its linear.
     """
     modules = dict(model.named_modules())
     tied = getattr(model, "all_tied_weights_keys", {})
-    for name, rank in ranks.items():
+    sizes: dict[str, int | Sequence[int]] = {**ranks, **(kept or {})}
+    for name, size in sizes.items():
         linear = modules.get(name)
         if not isinstance(linear, nn.Linear):
             found = "does not have" if linear is None else f"has as {type(linear).__name__}, not as nn.Linear"
             raise ValueError(f"ranks name the module {name!r}, which {type(model).__name__} {found}")
         if f"{name}.weight" in tied or f"{name}.weight" in tied.values():
             raise ValueError(f"ranks name the module {name!r}, whose weight is tied to another module's")
-        if rank > min(linear.in_features, linear.out_features):
+        if isinstance(size, int) and size > min(linear.in_features, linear.out_features):
             raise ValueError(
-                f"rank {rank} of {name!r} exceeds the smaller side of its weight "
+                f"rank {size} of {name!r} exceeds the smaller side of its weight "
                 f"{linear.out_features} x {linear.in_features}"
             )
-        layer = FORMATS[storage](
-            linear.in_features,
-            linear.out_features,
-            rank,
-            bias=linear.bias is not None,
-            device=linear.weight.device,
-            dtype=linear.weight.dtype,
+        if not isinstance(size, int) and not PrunedLinear.fits(linear.in_features, linear.out_features, size):
+            raise ValueError(
+                f"{size[0]} rows and {size[1]} columns of {name!r} cannot be kept of its weight "
+                f"{linear.out_features} x {linear.in_features}"
+            )
+        common: dict[str, Any] = {
+            "bias": linear.bias is not None,
+            "device": linear.weight.device,
+            "dtype": linear.weight.dtype,
+        }
+        layer = (
+            FORMATS[storage](linear.in_features, linear.out_features, size, **common)
+            if isinstance(size, int)
+            else PrunedLinear(linear.in_features, linear.out_features, size, **common)
         )
         parent, _, leaf = name.rpartition(".")
         setattr(modules[parent], leaf, layer)

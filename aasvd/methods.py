@@ -14,9 +14,10 @@ What there is to need, per block:
     buckets       the covariance of averaged calibration sequences: one more pass of the original blocks
     spectra, influence, profile, sensitivity    see `aasvd.measures`
 
-and for the whole model, at one ratio:
+and for the whole model:
 
-    positions     truncation positions trained by the model's loss: see `aasvd.truncation`
+    positions     truncation positions trained by the model's loss, at one ratio: see `aasvd.truncation`
+    removal       the order in which branches go (`aasvd.pruning`): hundreds of passes, for all ratios
 
 The covariances of the original inputs are always there: capturing the original activations makes them.
 """
@@ -38,6 +39,8 @@ class Piece(NamedTuple):
 
 # Measures that are made from statistics of gradients, and from which.
 DIFFERENTIATED = {"influence": "gradients", "relative_gradients": "fisher"}
+# Measures of the whole model.
+WHOLE = ("removal",)
 
 OBJECTIVES = {
     "input_agnostic": Piece(),
@@ -53,6 +56,8 @@ OBJECTIVES = {
     "dipsvd_code": Piece(),
     "adasvd": Piece(("buckets",), ("buckets",)),
     "loss_aware": Piece(("gradients",)),
+    "unchanged": Piece(),
+    "wanda_sp": Piece(("shifted",)),
 }
 
 ALLOCATIONS = {
@@ -68,4 +73,12 @@ ALLOCATIONS = {
     "dipsvd": Piece(("profile", "relative_gradients")),
     "dipsvd_inverted": Piece(("profile", "relative_gradients")),
     "optimal": Piece(("influence",)),
+    "shortgpt": Piece(("profile",)),
+    "blockpruner": Piece(("removal",), ("probe",)),
 }
+
+# Objectives that factorize nothing and leave out rows, columns or all of a weight, with the allocations
+# that they go with. `unchanged` leaves linears as they are, and it is the allocation that removes some.
+PRUNING = {"unchanged": ("shortgpt", "blockpruner", "file"), "wanda_sp": ("uniform",)}
+# Allocations that no other objectives go with.
+REMOVING = ("shortgpt", "blockpruner")

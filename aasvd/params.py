@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import jsonschema
 import yaml
 
-from aasvd.methods import ALLOCATIONS, DIFFERENTIATED, OBJECTIVES
+from aasvd.methods import ALLOCATIONS, DIFFERENTIATED, OBJECTIVES, PRUNING, REMOVING, WHOLE
 
 Config = Mapping[str, Any]
 
@@ -184,6 +184,16 @@ def _read_run(config: Config, name: str) -> Run:
 def _conflict(settings: Mapping[str, Any]) -> str | None:
     """Return why settings do not go together, or None where they do."""
     storage, eight_bit = settings["compression"]["storage"], settings["compression"]["precision"] == "int8"
+    objective, allocation = settings["compression"]["objective"], settings["compression"]["allocation"]
+    if (objective in PRUNING) != (storage == "pruned"):
+        return (
+            f"compression.objective {objective} does not go with compression.storage {storage}: "
+            f"{' and '.join(PRUNING)} are stored as pruned, and nothing else is"
+        )
+    if allocation not in PRUNING.get(objective, {*ALLOCATIONS} - {*REMOVING}):
+        return f"compression.objective {objective} does not go with compression.allocation {allocation}"
+    if storage == "pruned" and eight_bit:
+        return "compression.precision int8 is for low-rank matrices, not for compression.storage pruned"
     if storage == "remapped" and eight_bit:
         return (
             "compression.precision int8 does not go with compression.storage remapped, "
@@ -361,13 +371,14 @@ def needs(run: Run) -> set[str]:
 
 
 def measures(run: Run) -> list[str]:
-    """Return the measures (`aasvd.measures`) that a run's allocation looks at, as their files are named.
+    """Return the measures (`aasvd.methods`) that a run's allocation looks at, as their files are named.
 
     A measure that depends on a setting carries it in its name, so that it is shared where that is the same.
     """
     compression = run.settings["compression"]
     own = "loss_aware" if compression["objective"] == "loss_aware" else "input_aware"
-    detail = {"influence": f"-{own}", "sensitivity": f"-{compression['probe']}"}
+    probe = f"-{compression['probe']}"
+    detail = {"influence": f"-{own}", "sensitivity": probe, "removal": probe}
     looked_at = ALLOCATIONS[compression["allocation"]].needs
     return [name + detail.get(name, "") for name in looked_at if name != "positions"]
 
@@ -375,6 +386,20 @@ def measures(run: Run) -> list[str]:
 def trains_positions(run: Run) -> bool:
     """Return whether a run's allocation looks at trained truncation positions."""
     return "positions" in ALLOCATIONS[run.settings["compression"]["allocation"]].needs
+
+
+def is_whole(measure: str) -> bool:
+    """Return whether a measure is one file of the whole model, and not one of every block."""
+    return measure.partition("-")[0] in WHOLE
+
+
+def measure_files(run: Run, *, blocks: int) -> dict[str, list[str]]:
+    """Return, by measure, the files that a run's allocation looks at, below the original side's folder."""
+    return {
+        name: [f"{folder}measures/{name}.safetensors" for folder in folders]
+        for name in measures(run)
+        for folders in [[""] if is_whole(name) else [f"block_{block:03d}/" for block in range(blocks)]]
+    }
 
 
 def original_files(run: Run) -> dict[str, str]:
@@ -390,7 +415,9 @@ def original_files(run: Run) -> dict[str, str]:
     if "buckets" in needs(run):
         buckets = run.settings["compression"]["buckets"]
         files[f"buckets_{buckets}.safetensors"] = f"average_{buckets}.json"
-    return files | {f"measures/{name}.safetensors": f"measures/{name}.json" for name in found}
+    return files | {
+        f"measures/{name}.safetensors": f"measures/{name}.json" for name in found if not is_whole(name)
+    }
 
 
 def block_stages(run: Run) -> list[str]:
@@ -572,6 +599,7 @@ def phase_targets(config: Config, run: Run, phase: str, *, blocks: Callable[[], 
                 for block in range(blocks())
                 for file in original_files(run)
             ),
+            *(paths.original / f"measures/{name}.safetensors" for name in measures(run) if is_whole(name)),
         ],
         "compress": lambda: [
             paths.compressed / "key.json",

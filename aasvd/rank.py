@@ -16,11 +16,13 @@ class Cost(NamedTuple):
         numbers: How many numbers it stores, of (m, n, k): what the retained-parameter ratio counts.
         overhead: Bytes besides the numbers, of (m, n, k): indices and scales.
         itemsize: Bytes a number, or None where numbers have the model's float type.
+        largest: Largest k there is, of (m, n).
     """
 
     numbers: Count
     overhead: Count
     itemsize: int | None
+    largest: Callable[[int, int], int] = min
 
 
 def _factors(m: int, n: int, k: int) -> int:
@@ -33,6 +35,10 @@ def _pivoted(m: int, n: int, k: int) -> int:
 
 def _remapped(m: int, n: int, k: int) -> int:
     return k * max(m, n)
+
+
+def _entries(_m: int, _n: int, k: int) -> int:
+    return k
 
 
 def _scales(_m: int, _n: int, k: int) -> int:
@@ -48,13 +54,15 @@ def _both(m: int, n: int, k: int) -> int:
 
 
 # By the name that `quantization_config.storage` has; a place in the order of rows takes four bytes, a pair
-# of scales for each of the k components too.
+# of scales for each of the k components too. What is pruned has no rank: k is the number of entries that
+# stay, whose places cost four bytes for each row and column (not counted here).
 COSTS = {
     "factors": Cost(_factors, lambda _m, _n, _k: 0, None),
     "pivoted": Cost(_pivoted, _order, None),
     "remapped": Cost(_remapped, _scales, 2),
     "factors-int8": Cost(_factors, _scales, 1),
     "pivoted-int8": Cost(_pivoted, _both, 1),
+    "pruned": Cost(_entries, lambda _m, _n, _k: 0, None, lambda m, n: m * n),
 }
 
 
@@ -89,7 +97,7 @@ def uniform_rank(out_features: int, in_features: int, *, parameter_ratio: float,
 
     At least 1. For `factors` this is k = floor(r m n / (m + n)) (AA-SVD and SVD-LLM; methods section 6); for
     `pivoted` the largest k with k (m + n - k) ≤ r m n (PIFA; section 11); for `remapped`
-    k = floor(r min(m, n)) (Dobi-SVD; section 8).
+    k = floor(r min(m, n)) (Dobi-SVD; section 8). For `pruned`, k entries stay: k = floor(r m n).
 
     Args:
         out_features: Rows m of the weight.
@@ -108,7 +116,7 @@ def uniform_rank(out_features: int, in_features: int, *, parameter_ratio: float,
     full = out_features * in_features
     # The ratio as it is written: 0.6 is three fifths, so that an exact multiple is not rounded down.
     budget = math.floor(Fraction(str(parameter_ratio)) * full)
-    ranks = range(1, min(out_features, in_features) + 1)
+    ranks = range(1, COSTS[storage].largest(out_features, in_features) + 1)
     numbers = COSTS[storage].numbers
     fitting = bisect.bisect_right(ranks, budget, key=lambda k: numbers(out_features, in_features, k))
     rank = max(1, fitting)

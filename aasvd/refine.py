@@ -104,10 +104,11 @@ def refine(
     Raises:
         ValueError: If the loss is not finite.
     """
-    masters = [parameter.requires_grad_(True) for parameter in block.parameters()]
+    # Linears that are gone have parameters without numbers.
+    masters = [parameter.requires_grad_(True) for parameter in block.parameters() if parameter.numel()]
     # At float32 the block is its own working copy.
     working_block = block if dtype == torch.float32 else copy.deepcopy(block).to(dtype)
-    working = list(working_block.parameters())
+    working = [parameter for parameter in working_block.parameters() if parameter.numel()]
     optimizers = _optimizers(masters, recipe)
     per_epoch = math.ceil(len(inputs) / recipe.batch)
     steps = recipe.step_count(len(inputs))

@@ -1,6 +1,7 @@
 """One run as people read it: its table and its figure."""
 
 import json
+import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -91,6 +92,7 @@ def model_card(
     base: Mapping[str, str],
     shapes: Mapping[str, Sequence[int]],
     ranks: Mapping[str, int],
+    kept: Mapping[str, Sequence[int]],
     path: str,
 ) -> str:
     """Return the README.md of a checkpoint: what it is, what it scores, how to load it.
@@ -101,13 +103,15 @@ def model_card(
         result: A run's eval.json.
         base: The base model's source in params.yaml.
         shapes: (out, in) of each linear of the blocks, by module name.
-        ranks: Rank of each compressed one, by module name.
+        ranks: Rank of each factorized one, by module name.
+        kept: Rows and columns that stay of each pruned one, by module name.
         path: Module name of the list of blocks.
     """
+    stays = {**ranks, **{name: math.prod(size) for name, size in kept.items()}}
     kinds: dict[tuple[str, str], list[int | None]] = {}
     for name, (rows, columns) in shapes.items():
         kind = name.removeprefix(f"{path}.").partition(".")[2]
-        kinds.setdefault((kind, f"{rows} x {columns}"), []).append(ranks.get(name))
+        kinds.setdefault((kind, f"{rows} x {columns}"), []).append(stays.get(name))
     table = "\n".join(
         f"| {kind} | {shape} | {_span(found)} | {len(found)} |" for (kind, shape), found in kinds.items()
     )
@@ -119,7 +123,7 @@ def model_card(
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
-tags: [aasvd, low-rank]
+tags: [aasvd, {"pruned" if kept else "low-rank"}]
 ---
 
 # {result["run"]}
@@ -145,9 +149,9 @@ tokenizer = AutoTokenizer.from_pretrained("FOLDER")
 
 Nothing in the folder is executed. `sha256sum -c SHA256SUMS` checks it; loading checks model and config.
 
-## Ranks
+## {"What stays" if kept else "Ranks"}
 
-| linear | shape | rank | blocks |
+| linear | shape | {"numbers that stay" if kept else "rank"} | blocks |
 | --- | --- | --- | --- |
 {table}
 """

@@ -183,6 +183,11 @@ def register() -> None:
                     f"quantization_config.storage is {checked.storage!r}: the vLLM plugin reads {STORAGE!r}; "
                     "merge the checkpoint with python -m aasvd.export"
                 )
+            if checked.kept:
+                raise ValueError(
+                    "the vLLM plugin reads no pruned linears (quantization_config.kept); "
+                    "merge the checkpoint with python -m aasvd.export"
+                )
             return cls(checked)
 
         def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:

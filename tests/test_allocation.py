@@ -36,7 +36,7 @@ SHAPES = {
 BLOCKS = 6
 COMPRESSION: dict[str, Any] = {"ranks_file": "", "storage": "factors"}
 LAYERS = [Layer(block, name, shape) for block in range(BLOCKS) for name, shape in SHAPES.items()]
-FROM_MEASURES = [name for name in methods.ALLOCATIONS if name != "file"]
+FROM_MEASURES = [name for name in methods.ALLOCATIONS if name not in ("file", *methods.REMOVING)]
 
 
 def made_up() -> dict[str, list[dict[str, Tensor]]]:
@@ -307,7 +307,7 @@ def test_ranks_come_from_a_file(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"ranks\.json: its ranks keep 0\.\d+ of the parameters, not 0\.7"):
         allocate("file", asked._replace(ratio=0.7))
     for change, message in [
-        ({"0.mlp.up_proj": 97}, r"rank 97 of 0\.mlp\.up_proj: expected 1 to 96, or null"),
+        ({"0.mlp.up_proj": 97}, r"rank 97 of 0\.mlp\.up_proj: expected 1 to 96, 0 to remove it, or null"),
         ({"0.mlp.up_proj": True}, "rank True of"),
         (
             {"9.mlp.up_proj": 3},
@@ -317,6 +317,71 @@ def test_ranks_come_from_a_file(tmp_path: Path) -> None:
         (tmp_path / "ranks.json").write_text(json.dumps(dict(zip(names, expected, strict=True)) | change))
         with pytest.raises(ValueError, match=message):
             allocate("file", asked)
+
+
+# Removing whole parts
+
+
+def parts_of(ranks: list[int | None]) -> set[tuple[int, str]]:
+    """Return the branches that are gone; none may be gone in part."""
+    found: dict[tuple[int, str], set[int | None]] = {}
+    for layer, rank in zip(LAYERS, ranks, strict=True):
+        found.setdefault((layer.block, layer.name.partition(".")[0]), set()).add(rank)
+    assert all(some in ({0}, {None}) for some in found.values())
+    return {part for part, some in found.items() if some == {0}}
+
+
+@pytest.mark.parametrize("ratio", [0.2, 0.4, 0.5, 0.6, 0.8, 0.95])
+def test_shortgpt_removes_the_blocks_that_change_least(ratio: float) -> None:
+    """As few as meet the budget; influence is 1 − cosine, whatever the order of the blocks."""
+    cosines = [0.91, 0.3, 0.97, 0.9, 0.99, 0.6]
+    profile = [{"cosine": torch.tensor([value]).double()} for value in cosines]
+    ranks, notes = allocate("shortgpt", problem(ratio, profile=profile))
+    gone = math.ceil((1 - ratio) * BLOCKS - 1e-9)
+    least = sorted(range(BLOCKS), key=lambda block: -cosines[block])[:gone]
+    assert parts_of(ranks) == {(block, name) for block in least for name in ("self_attn", "mlp")}
+    assert kept(ranks) == pytest.approx(1 - gone / BLOCKS)
+    assert notes["removed"] == gone
+    assert notes["influence"] == pytest.approx([1 - value for value in cosines])
+
+
+def removal(order: list[tuple[int, str]]) -> list[dict[str, Tensor]]:
+    places = {
+        f"{layer.block}.{layer.name}": torch.tensor(order.index((layer.block, layer.name.partition(".")[0])))
+        for layer in LAYERS
+    }
+    return [{**places, "perplexity": torch.arange(len(order)).double()}]
+
+
+@pytest.mark.parametrize("ratio", [0.2, 0.4, 0.6, 0.8, 0.95])
+def test_blockpruner_removes_in_the_order_that_was_found(ratio: float) -> None:
+    order = [(block, name) for name in ("self_attn", "mlp") for block in (3, 0, 5, 1, 4, 2)]
+    order[2], order[7] = order[7], order[2]
+    sizes = {
+        part: sum(layer.size for layer in LAYERS if (layer.block, layer.name.partition(".")[0]) == part)
+        for part in order
+    }
+    ranks, notes = allocate("blockpruner", problem(ratio, removal=removal(order)))
+    gone = parts_of(ranks)
+    assert gone == set(order[: len(gone)]) and notes["removed"] == len(gone)
+    whole = sum(sizes.values())
+    assert whole - sum(sizes[part] for part in gone) <= ratio * whole
+    assert whole - sum(sizes[part] for part in order[: len(gone) - 1]) > ratio * whole
+
+
+def test_a_ratio_below_one_part_is_refused() -> None:
+    for name in methods.REMOVING:
+        order = [(block, kind) for block in range(BLOCKS) for kind in ("mlp", "self_attn")]
+        with pytest.raises(ValueError, match=r"ratio 0\.01 is below what one part of the model takes"):
+            allocate(name, problem(0.01, removal=removal(order)))
+
+
+def test_ranks_of_a_file_may_remove_linears(tmp_path: Path) -> None:
+    ranks = allocate("shortgpt", problem(0.5)).ranks
+    names = [f"{layer.block}.{layer.name}" for layer in LAYERS]
+    (tmp_path / "ranks.json").write_text(json.dumps(dict(zip(names, ranks, strict=True))))
+    asked = problem(0.5)._replace(compression={**COMPRESSION, "ranks_file": str(tmp_path / "ranks.json")})
+    assert allocate("file", asked).ranks == ranks
 
 
 # Rounding and water-filling

@@ -311,6 +311,7 @@ def test_folder_holds_tokenizer_and_details_but_no_code(llama: Written) -> None:
         "quant_method": "aasvd",
         "format_version": 1,
         "storage": "factors",
+        "kept": {},
         "ranks": llama.ranks,
         "details": DETAILS,
     }

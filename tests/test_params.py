@@ -346,7 +346,11 @@ def test_a_method_is_composed_of_overrides(config: Config) -> None:
 def test_every_shipped_method_makes_a_run(config: Config) -> None:
     for method in config["methods"]:
         for variant in ("", *(f"_{name}" for name in config["variants"])):
-            run = params.parse_run(config, f"llama7b_r0.6_{method}{variant}")
+            name = f"llama7b_r0.6_{method}{variant}"
+            pruned = config["methods"][method].get("compression", {}).get("storage") == "pruned"
+            if pruned and "compression" in config["variants"].get(variant[1:], {}):
+                continue  # another objective, allocation or storage is another method
+            run = params.parse_run(config, name)
             assert run.settings["compression"]["method"] == method
             assert params.block_stages(run)[0] == "solve"
 
@@ -365,8 +369,53 @@ def test_only_shifted_or_refined_blocks_are_passed_through(config: Config) -> No
         "dobi-svd": ["solve", "propagate"],
         "svd_refine": ["solve", "refine", "propagate"],
         "anchored_norefine": ["solve", "propagate"],
+        "shortgpt": ["solve"],
+        "blockpruner_refine": ["solve", "refine", "propagate"],
+        "wanda-sp": ["solve", "propagate"],
     }.items():
         assert params.block_stages(params.parse_run(config, f"llama7b_r0.6_{name}")) == expected
+
+
+@pytest.mark.parametrize(
+    ("compression", "message"),
+    [
+        ({"storage": "pruned"}, r"objective loss_aware does not go with compression\.storage pruned"),
+        ({"objective": "wanda_sp"}, r"objective wanda_sp does not go with compression\.storage pivoted"),
+        ({"allocation": "shortgpt"}, r"loss_aware does not go with compression\.allocation shortgpt"),
+        (
+            {"objective": "wanda_sp", "storage": "pruned", "allocation": "optimal"},
+            r"wanda_sp does not go with compression\.allocation optimal",
+        ),
+        (
+            {"objective": "unchanged", "storage": "pruned", "allocation": "uniform"},
+            r"unchanged does not go with compression\.allocation uniform",
+        ),
+        (
+            {"objective": "wanda_sp", "storage": "pruned", "allocation": "uniform", "precision": "int8"},
+            r"int8 is for low-rank matrices",
+        ),
+    ],
+)
+def test_pruning_goes_with_what_is_stored_as_pruned(
+    config: Config, compression: dict[str, str], message: str
+) -> None:
+    config["variants"]["odd"] = {"compression": compression}
+    with pytest.raises(ValueError, match=message):
+        params.parse_run(config, "llama7b_r0.6_odd")
+
+
+def test_an_order_of_removal_is_one_file_for_all_ratios(local: Config) -> None:
+    runs = [params.parse_run(local, f"mine_r{ratio}_blockpruner") for ratio in (0.4, 0.8)]
+    files = [params.measure_files(run, blocks=3) for run in runs]
+    assert files[0] == files[1] == {"removal-4": ["measures/removal-4.safetensors"]}
+    assert params.original_files(runs[0]) == {"covariances.safetensors": "capture.json"}
+    found = params.phase_targets(local, runs[0], "capture", blocks=lambda: 3)
+    assert [Path(file).name for file in found].count("removal-4.safetensors") == 1
+    local["methods"]["blockpruner"]["compression"]["probe"] = 2
+    other = params.parse_run(local, "mine_r0.4_blockpruner")
+    assert params.measures(other) == ["removal-2"]
+    by_block = params.measure_files(params.parse_run(local, "mine_r0.4_shortgpt"), blocks=2)
+    assert by_block == {"profile": [f"block_00{block}/measures/profile.safetensors" for block in range(2)]}
 
 
 def test_ranks_of_a_file_count_by_its_content(local: Config, tmp_path: Path) -> None:

@@ -27,6 +27,8 @@ def closed_form(storage: str, ratio: Fraction, m: int, n: int) -> int:
         return math.floor(ratio * m * n / (m + n))
     if storage == "remapped":
         return math.floor(ratio * min(m, n))
+    if storage == "pruned":
+        return math.floor(ratio * m * n)
     # The smaller root of k² − (m + n) k + r m n: the largest k below it, from an integer square root.
     scale = ratio.denominator
     root = math.isqrt((m + n) ** 2 * scale**2 - 4 * ratio.numerator * scale * m * n)
@@ -70,7 +72,7 @@ def test_matrix_stays_dense_where_factors_would_not_be_smaller(
         assert uniform_rank(*shape, parameter_ratio=ratio, storage="factors") == rank
 
 
-@pytest.mark.parametrize("storage", sorted(set(COSTS) - {"factors", "factors-int8"}))
+@pytest.mark.parametrize("storage", sorted(set(COSTS) - {"factors", "factors-int8", "pruned"}))
 def test_smaller_storages_keep_only_vectors_dense(storage: str) -> None:
     for ratio in (0.01, 0.5, 0.99):
         assert uniform_rank(1, 6, parameter_ratio=ratio, storage=storage) is None
@@ -79,7 +81,7 @@ def test_smaller_storages_keep_only_vectors_dense(storage: str) -> None:
 
 
 def test_every_format_has_its_cost() -> None:
-    assert list(COSTS) == list(FORMATS)
+    assert list(COSTS) == [*FORMATS, "pruned"]
     assert all(COSTS[name].overhead(7, 5, 3) > 0 for name, layer in FORMATS.items() if layer.OVERHEAD)
 
 

@@ -54,6 +54,7 @@ CARD: dict[str, Any] = {
         "model.layers.1.gate": [2, 1],
     },
     "ranks": {"model.layers.0.q": 3, "model.layers.1.q": 3, "model.layers.0.up": 2},
+    "kept": {},
     "path": "model.layers",
 }
 
@@ -76,6 +77,19 @@ def test_model_card_says_what_it_is() -> None:
 def test_model_card_holds_nothing_that_changes_between_runs() -> None:
     slower = CARD["result"] | {"seconds": {"solve": 99.0}, "peak_memory_mb": 1.0}
     assert report.model_card(**CARD) == report.model_card(**{**CARD, "result": slower})
+
+
+def test_model_card_says_what_stays_of_a_pruned_model() -> None:
+    kept = {"model.layers.0.q": [0, 0], "model.layers.1.q": [4, 6], "model.layers.0.up": [5, 6]}
+    card = report.model_card(**{**CARD, "ranks": {}, "kept": kept})
+    for line in (
+        "tags: [aasvd, pruned]",
+        "## What stays",
+        "| linear | shape | numbers that stay | blocks |",
+        "| q | 8 x 6 | 0 to 24 | 2 |",
+        "| up | 9 x 6 | 30, 1 dense | 2 |",
+    ):
+        assert line in card.splitlines()
 
 
 EXPECTED = [

@@ -223,6 +223,8 @@ def test_dense_linears_and_other_layers(vllm: Vllm, llama: Written) -> None:
 def test_errors(vllm: Vllm, llama: Written) -> None:
     with pytest.raises(ValueError, match="format_version is 99"):
         vllm.config(llama.folder, format_version=99)
+    with pytest.raises(ValueError, match="reads no pruned linears"):
+        vllm.config(llama.folder, kept={f"{BLOCK}mlp.other": [3, 4]})
     config = vllm.config(llama.folder)
     with pytest.raises(ValueError, match="does not support tensor parallelism"):
         vllm.linear(32, [32], config, f"{BLOCK}self_attn.o_proj", devices=2)

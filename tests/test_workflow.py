@@ -21,7 +21,7 @@ import torch
 import workflow_copy
 import yaml
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from workflow_copy import BLOCKS, ROOT, RUN, Copy, finished, jobs
+from workflow_copy import BLOCKS, ROOT, RUN, WIDTH, Copy, finished, jobs
 
 from aasvd import params
 from aasvd.artifacts import remake_command
@@ -341,6 +341,34 @@ def test_a_comparison_makes_all_its_runs(another: Copy) -> None:
         assert "saes-svd" in text and "SAES-SVD" in text
     drawing = another.path("results/compare/tiny_r0.6.svg").read_text().partition("<svg")[2]
     assert drawing in another.path("results/compare/tiny_r0.6.html").read_text()
+
+
+def test_pruning_methods_are_methods_as_all_others(another: Copy) -> None:
+    """In one table, from the same originals; the search of BlockPruner is made once for all ratios."""
+    methods = ["shortgpt", "blockpruner", "wanda-sp"]
+    another.change(evaluation={"tasks": []}, comparison={"methods": methods, "variants": ["norefine"]})
+    ran = Counter(finished(another.make("--", "results/compare/tiny_r0.6.html")))
+    assert ran["order_branches"] == 1
+    assert ran["measure_block"] == BLOCKS  # ShortGPT's influence of blocks
+    assert ran["propagate"] == BLOCKS  # only Wanda-sp looks at what the blocks before one became
+    assert not set(ran) & ORIGINALS
+    table = pq.read_table(another.path("results/compare/tiny_r0.6.parquet")).to_pylist()
+    rows = {row["method"]: row for row in table if row["source"] == "measured"}
+    for method in methods:
+        assert math.isfinite(rows[method]["perplexity made-up"])
+        assert rows[method]["kept_linears"] <= 0.6
+        result = another.evaluation(f"tiny_r0.6_{method}_norefine")
+        assert result["storage"] == "pruned"
+        assert result["bytes"]["compressed"] < result["bytes"]["dense"]
+    assert rows["shortgpt"]["kept_linears"] == pytest.approx(1 / 3)
+    # Less than one neuron below: three vectors in each block.
+    weights = result["parameters"]["linears"]["dense"] / BLOCKS
+    assert rows["wanda-sp"]["kept_linears"] > 0.6 - 3 * WIDTH / weights
+    assert "order branches" in another.evaluation("tiny_r0.6_blockpruner_norefine")["seconds"]
+    card = another.path("results/tiny_r0.6_shortgpt_norefine/model/README.md").read_text()
+    assert "numbers that stay" in card and "tags: [aasvd, pruned]" in card
+    plan = another.planned("results/tiny_r0.8_blockpruner_refine/eval.json")
+    assert "refine_block" in plan and "order_branches" not in plan
 
 
 def test_an_overlay_merges_deeply_and_is_not_recorded_as_params_yaml(another: Copy) -> None:

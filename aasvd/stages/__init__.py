@@ -20,6 +20,7 @@ from aasvd.stages.originals import (
 )
 from aasvd.stages.publication import collect, compare, present, publish, write_key
 from aasvd.stages.ranks import allocate, measure_block, train_positions
+from aasvd.stages.removals import order_branches
 from aasvd.stages.stage import StageError
 
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "measure_block",
     "measure_layers",
     "measure_memory",
+    "order_branches",
     "present",
     "propagate",
     "publish",

@@ -17,7 +17,7 @@ from aasvd import adapt, blocks, calibration, checkpoint, progress
 from aasvd.artifacts import read_json, read_tensors, write_tensors
 from aasvd.device import compute_device, one_thread_each
 from aasvd.formats import FORMATS, format_name
-from aasvd.stages.loading import factored, load_model, model_folder
+from aasvd.stages.loading import factored, load_model, model_folder, pruned
 from aasvd.stages.stage import PASSES, stage
 from aasvd.weights import stored_tensors
 
@@ -42,6 +42,7 @@ def assemble(
         dtype = torch.bfloat16 if precision == "bfloat16" else parts.model.config.dtype or torch.float32
         storage = format_name(storage, precision)
         ranks: dict[str, int] = {}
+        kept: dict[str, list[int]] = {}
         # Snakemake removes the list of checksums before it runs this again; what is left is no checkpoint.
         shutil.rmtree(folder, ignore_errors=True)
         with _scratch(folder.with_name(".packed")) as packed:
@@ -49,6 +50,7 @@ def assemble(
                 tensors = read_tensors(Path(file), device=compute_device())
                 names = factored(tensors)
                 ranks |= {f"{path}.{index}.{name}": tensors[f"{name}.u"].shape[1] for name in names}
+                kept |= {f"{path}.{index}.{name}": size for name, size in pruned(tensors).items()}
                 write_tensors(packed / str(index), _packed(tensors, names, storage=storage, dtype=dtype))
 
             # The checkpoint wants its tensors by type, then name: block by block, once for each type.
@@ -69,11 +71,12 @@ def assemble(
                 output=folder,
                 ranks=ranks,
                 storage=storage,
+                kept=kept,
                 details=details,
                 tensor=tensor,
                 dtype=dtype,
             )
-        measured["ranks"] = ranks
+        measured |= {"ranks": ranks, "kept": kept}
 
 
 @contextlib.contextmanager
@@ -152,6 +155,7 @@ def adapt_model(
             output=Path(adapted).parent,
             ranks=model.config.quantization_config.ranks,
             storage=model.config.quantization_config.storage,
+            kept=model.config.quantization_config.kept,
             details=details,
             tensor=tensor,
             dtype=stored_type,

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
-from aasvd import compress, methods, objectives, progress, refine
+from aasvd import blocks, compress, methods, objectives, progress, pruning, refine, units
 from aasvd.artifacts import Activations, read_json, read_tensors, write_tensors
-from aasvd.stages.loading import Block, seconds_left, statistics_of
+from aasvd.pruned import prune
+from aasvd.stages.loading import Block, pruned, seconds_left, statistics_of
 from aasvd.stages.stage import PASSES, peak_memory_mb, stage
 
 _logger = logging.getLogger(__name__)
@@ -40,9 +42,20 @@ def solve_block(
     compression: Mapping[str, Any],
     log: str,
 ) -> None:
-    """Solve one block's factors; files of statistics that the objective does not need are None."""
+    """Solve one block's factors, or prune it; statistics that the objective does not need are None."""
     with stage(f"solve block {index}", log=Path(log), record=Path(record), advice=PASSES) as measured:
         around = Block(source, index, calibration, record=record)
+        named = read_json(Path(ranks))["ranks"]
+        chosen = {name: named[f"{index}.{name}"] for name in blocks.linears(around.parts.blocks[index])}
+        if compression["objective"] == "wanda_sp":
+            return write_tensors(
+                Path(output), _wanda_sp(around, Activations(Path(shifted or "")), chosen, measured)
+            )
+        if 0 in chosen.values() and not units.is_residual(around.original(), **around.small()):
+            raise ValueError(
+                f"the blocks of {type(around.parts.model).__name__} do not only add to their inputs, so "
+                "neither they nor their attention or MLP can be removed"
+            )
         known = statistics_of(
             covariances, gradients=gradients, fisher=fisher, buckets=buckets, device=around.device
         )
@@ -54,14 +67,13 @@ def solve_block(
             groups = around.groups(x, arguments)
             stream = compress.Stream(x, x_shifted, arguments, around.batch, around.device, around.dtype)
         unrefined = around.original()
-        chosen = read_json(Path(ranks))["ranks"]
         solution = compress.solve_block(
             unrefined,
             copy.deepcopy(unrefined),
             groups,
             objective=compression["objective"],
             options=objectives.options_of(compression),
-            ranks={name: chosen[f"{index}.{name}"] for group in groups for name in group},
+            ranks={name: chosen[name] for group in groups for name in group},
             statistics=[known[tuple(group)] for group in groups],
             stream=stream,
         )
@@ -70,6 +82,35 @@ def solve_block(
             if numbers.get("directions_dropped"):
                 _logger.warning("%s of block %d: singular covariance, %s", name, index, numbers)
         write_tensors(Path(output), solution.tensors)
+
+
+def _wanda_sp(
+    around: Block, shifted: Activations, entries: Mapping[str, int | None], measured: dict[str, Any]
+) -> dict[str, Tensor]:
+    """Return what Wanda-sp leaves of a block, by what the pruned blocks before it make of the text."""
+    # The weights as they are stored; their statistics come from passes in the pipeline's float type.
+    block = around.original(torch.float32)
+    linears = blocks.linears(block)
+    found = units.heads_and_neurons(block, **around.small())
+    squares = pruning.channel_squares(
+        around.original(),
+        [some.output for some in found.values()],
+        inputs=shifted,
+        arguments=around.arguments(shifted),
+        batch=around.batch,
+        device=around.device,
+    )
+    budget = sum(linears[name].weight.numel() if count is None else count for name, count in entries.items())
+    masks = pruning.wanda_sp(linears, found, squares, budget=budget)
+    layers = {
+        name: prune(linears[name], rows=rows, columns=columns) for name, (rows, columns) in masks.items()
+    }
+    measured["linears"] = {name: {"kept": list(layer.kept.shape)} for name, layer in layers.items()}
+    return {
+        f"{name}.{part}": tensor
+        for name, layer in layers.items()
+        for part, tensor in layer.state_dict().items()
+    }
 
 
 def refine_block(
@@ -101,8 +142,13 @@ def refine_block(
         # On some sequences: a pass over all of them would take as long as many steps.
         some: dict[str, Any] = {"batch": around.batch, "batches": math.ceil(_MEASURED / around.batch)}
         measured["before"] = refine.distortion(solved_block, **streams, **some)
+        recipe, gone = refine.Recipe(**refinement), pruned(factors)
+        linears = blocks.linears(around.parts.blocks[index])
+        if all(gone.get(name) == [0, 0] for name in linears) or measured["before"][recipe.loss] == 0:
+            # A block that was removed, or that nothing has changed yet, has nothing to refine.
+            measured |= {"losses": [], "refined": measured["before"]}
+            return write_tensors(Path(output), factors)
         block = around.compressed(factors, torch.float32)
-        recipe = refine.Recipe(**refinement)
         visits = recipe.visits(len(x))
         with around.bar("refine", visits) as bar:
 
@@ -170,6 +216,7 @@ def _block_line(around: Block, after: Mapping[str, float], *, seconds: float) ->
         for name, numbers in record.get("linears", {}).items()
         if "relative_error" in numbers
     )
+    errors = errors and f"relative errors {errors}; "
     before = next((record["before"] for record in made if "before" in record), None)
     distortion = ", ".join(
         f"{metric} " + (f"{before[metric]:.4g} → " if before else "") + f"{after[metric]:.4g}"
@@ -179,6 +226,6 @@ def _block_line(around: Block, after: Mapping[str, float], *, seconds: float) ->
     peak = max([peak_memory_mb(), *(record["peak_memory_mb"] for record in made)])
     left = seconds_left(around.folder.parent, done=around.index + 1, count=around.count) or 0.0
     return (
-        f"{around.label}: relative errors {errors}; distortion {distortion}; {seconds:.1f} s, "
-        f"{peak:.0f} MB; about {left / 60:.1f} min left for the other blocks"
+        f"{around.label}: {errors}distortion {distortion}; {seconds:.1f} s, {peak:.0f} MB; "
+        f"about {left / 60:.1f} min left for the other blocks"
     )

@@ -13,6 +13,7 @@ from aasvd import blocks, checkpoint, compress, objectives, progress
 from aasvd.artifacts import Activations, read_json, read_tensors, writing_activations
 from aasvd.covariance import unpack
 from aasvd.device import compute_device, compute_dtype
+from aasvd.pruned import PrunedLinear
 
 
 class Block:
@@ -37,6 +38,12 @@ class Block:
             self.index
         ]
 
+    def small(self, tokens: int = 16) -> dict[str, Any]:
+        """Return what `aasvd.units` wants to know besides a block, for short sequences: they show as much."""
+        found = blocks.forward_arguments(self.parts, tokens=tokens, device=self.device, dtype=self.dtype)
+        width = self.parts.model.config.get_text_config().hidden_size
+        return {"arguments": found[self.index], "width": width, "tokens": tokens}
+
     def groups(self, hidden: Activations, arguments: Mapping[str, Any]) -> list[list[str]]:
         """Return the names of the block's linears, grouped by shared input, in the order they are called."""
         _, tokens, width = hidden.shape
@@ -49,9 +56,20 @@ class Block:
         ).requires_grad_(False)
 
     def compressed(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> nn.Module:
-        """Load the original block and put factors, and other refined parameters, in their places."""
+        """Load the original block and put factors, and other parameters, in their places."""
         block = self.original(dtype)
         weights = dict(blocks.linears(block))
+        for name, size in pruned(tensors).items():
+            linear = weights[name]
+            layer = PrunedLinear(
+                linear.in_features,
+                linear.out_features,
+                size,
+                bias=linear.bias is not None,
+                device=self.device,
+                dtype=dtype,
+            )
+            block.set_submodule(name, layer.requires_grad_(False))
         for name in factored(tensors):
             u, v = tensors[f"{name}.u"], tensors[f"{name}.v"]
             compress.put(block, name, u, v, bias=weights[name].bias, like=weights[name].weight)
@@ -82,6 +100,15 @@ class Block:
 def factored(tensors: Mapping[str, Tensor]) -> list[str]:
     """Return the names of the linears of which a block's tensors hold factors."""
     return [name.removesuffix(".u") for name in tensors if name.endswith(".u")]
+
+
+def pruned(tensors: Mapping[str, Tensor]) -> dict[str, list[int]]:
+    """Return how many rows and columns a block's tensors hold of each linear that was pruned, by name."""
+    return {
+        name.removesuffix(".kept"): list(tensor.shape)
+        for name, tensor in tensors.items()
+        if name.endswith(".kept")
+    }
 
 
 def seconds_left(folder: Path, *, done: int, count: int) -> float | None:

@@ -85,8 +85,15 @@ def publish(
             temporary.write_text(json.dumps(results.blocks(made), indent=2, allow_nan=False) + "\n")
         report.write_table(result, output=Path(table))
         _link_folder(folder, Path(model))
-        ranks = json.loads((folder / "config.json").read_text())["quantization_config"]["ranks"]
-        card = report.model_card(result, base=base, shapes=shapes, ranks=ranks, path=described["path"])
+        quantization = json.loads((folder / "config.json").read_text())["quantization_config"]
+        card = report.model_card(
+            result,
+            base=base,
+            shapes=shapes,
+            ranks=quantization["ranks"],
+            kept=quantization["kept"],
+            path=described["path"],
+        )
         checkpoint.add_file(Path(model), "README.md", card)
         # Last and whole, because its keys say whether all of the above is up to date.
         with replacing(Path(evaluation)) as temporary:

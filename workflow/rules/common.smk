@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import itertools
 import pathlib
 import sys
 
@@ -28,6 +29,7 @@ wildcard_constraints:
     measure=r"(spectra|influence|relative_gradients|profile|sensitivity)(-\w+)?",
     buckets=r"\d+",
     positions=r"r[0-9.]+-[0-9a-f]{10}",
+    probe=r"\d+",
 
 
 def checked(function, *args, **kwargs):

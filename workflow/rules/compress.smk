@@ -17,18 +17,16 @@ def all_blocks(function):
 
 
 def measured_blocks(wildcards):
-    """The measures that a run's allocation looks at, of all blocks."""
-    return [
-        ancient(f"{paths_of(wildcards).original}/block_{block:03d}/measures/{measure}.safetensors")
-        for measure in params.measures(run_of(wildcards))
-        for block in range(blocks_of(wildcards.model))
-    ]
+    """The files that a run's allocation looks at, of all blocks or of the whole model."""
+    found = params.measure_files(run_of(wildcards), blocks=blocks_of(wildcards.model))
+    return [ancient(f"{paths_of(wildcards).original}/{file}") for files in found.values() for file in files]
 
 
 def by_measure(wildcards, files):
     """The files of `measured_blocks` by measure."""
-    names, count = params.measures(run_of(wildcards)), blocks_of(wildcards.model)
-    return {name: list(files[place * count : (place + 1) * count]) for place, name in enumerate(names)}
+    found = params.measure_files(run_of(wildcards), blocks=blocks_of(wildcards.model))
+    left = iter(files)
+    return {measure: list(itertools.islice(left, len(some))) for measure, some in found.items()}
 
 
 rule allocate:
@@ -58,7 +56,7 @@ rule allocate:
 
 
 rule solve_block:
-    """Solve the low-rank factors of one block's linears, group by group."""
+    """Solve the low-rank factors of one block's linears, group by group, or prune them."""
     input:
         source=lambda w: ancient(dense_source(w)),
         covariances=ancient(f"{ORIGINAL}/block_{{block}}/covariances.safetensors"),

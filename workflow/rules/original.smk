@@ -237,6 +237,27 @@ rule train_positions:
         )
 
 
+rule order_branches:
+    """Search the order in which BlockPruner removes attention and MLPs: one search for all ratios."""
+    input:
+        source=lambda w: ancient(dense_source(w)),
+        tokens=ancient(f"{CALIBRATION}/tokens.parquet"),
+        inputs=lambda w: ancient(original_input(w, 0)),
+    output:
+        output=f"{ORIGINAL}/measures/removal-{{probe}}.safetensors",
+        record=f"{ORIGINAL}/measures/removal-{{probe}}.json",
+    log:
+        "logs/{model}/{calibration}/order_branches_{probe}.log",
+    resources:
+        gpu=1,
+    params:
+        settings=settings_of("calibration"),
+    run:
+        stages(wildcards).order_branches(
+            **input, **output, probe=int(wildcards.probe), settings=params.settings, log=log[0]
+        )
+
+
 rule describe_calibration:
     """Write down, in readable form, what a calibration key was made from."""
     output:

@@ -22,6 +22,7 @@ def records(wildcards):
             *([paths.original / "differentiate.json"] if "differentiate.json" in statistics else []),
             *(paths.original / f"block_{block:03d}" / record for block in blocks for record in statistics),
             *([paths.positions.with_suffix(".json")] if paths.positions else []),
+            *(paths.original / f"measures/{name}.json" for name in params.measures(run) if params.is_whole(name)),
             *(
                 paths.compressed / f"block_{block:03d}" / f"{stage}.json"
                 for block in blocks

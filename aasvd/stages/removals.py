@@ -1,0 +1,104 @@
+"""The stage that searches in which order attention and MLPs go (BlockPruner)."""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aasvd import blocks, calibration, progress, pruning, units
+from aasvd.artifacts import Activations, read_json, sidecar, write_json, write_tensors
+from aasvd.device import compute_device, compute_dtype
+from aasvd.stages.stage import PASSES, stage
+
+_logger = logging.getLogger(__name__)
+
+_SHORT = 16
+
+
+def order_branches(
+    *,
+    source: str,
+    tokens: str,
+    inputs: str,
+    output: str,
+    record: str,
+    probe: int,
+    settings: Mapping[str, Any],
+    log: str,
+) -> None:
+    """Search the order in which BlockPruner removes attention and MLPs, on the first calibration sequences.
+
+    The whole model is in memory, as in an evaluation. A search that was interrupted goes on after its last
+    removal.
+    """
+    with stage("order branches", log=Path(log), record=Path(record), advice=PASSES) as measured:
+        dense = blocks.Source(Path(source))
+        parts = blocks.skeleton(dense.folder)
+        device = compute_device()
+        dtype = compute_dtype(settings["dtype"], device)
+        x, ids = Activations(Path(inputs)), calibration.read_tokens(Path(tokens))[:probe]
+        call: dict[str, Any] = {"device": device, "dtype": dtype}
+        arguments = blocks.forward_arguments(parts, tokens=x.shape[1], **call)
+        model = [
+            blocks.load_block(dense, parts, index, **call).requires_grad_(False)
+            for index in range(len(parts.blocks))
+        ]
+        found = []
+        # Of short sequences, which show as much.
+        short = blocks.forward_arguments(parts, tokens=_SHORT, **call)
+        for index, block in enumerate(model):
+            around: dict[str, Any] = {"arguments": short[index], "width": x.shape[2], "tokens": _SHORT}
+            if not units.is_residual(block, **around):
+                raise ValueError(
+                    f"the blocks of {type(parts.model).__name__} do not only add to their inputs, so their "
+                    "attention and MLPs cannot be removed"
+                )
+            for kind, names in units.branches(block, **around).items():
+                found.append(pruning.Branch(index, kind, names))
+        found.sort(key=lambda branch: units.BRANCHES.index(branch.kind))
+        head = blocks.Head(dense, parts, **call)
+
+        def loss(hidden: Tensor, some: slice) -> float:
+            wanted = ids[some]
+            return float(head.loss(hidden, wanted).sum()) / (len(wanted) * (wanted.shape[1] - 1))
+
+        search = pruning.Removals(
+            model,
+            found,
+            arguments=arguments,
+            hidden=x.read(list(range(len(ids)))),
+            loss=loss,
+            batch=settings["batch"],
+        )
+        removals = _searched(search, len(found), Path(output), batches=-(-len(ids) // settings["batch"]))
+        tensors = {"perplexity": torch.tensor([step.perplexity for step in removals], dtype=torch.float64)}
+        for place, step in enumerate(removals):
+            branch = found[step.branch]
+            tensors |= {f"{branch.block}.{name}": torch.tensor(place) for name in branch.names}
+        measured["removals"] = [
+            {"block": found[s.branch].block, "branch": found[s.branch].kind, "perplexity": s.perplexity}
+            for s in removals
+        ]
+        write_tensors(Path(output), tensors)
+
+
+def _searched(search: pruning.Removals, count: int, output: Path, *, batches: int) -> list[pruning.Removal]:
+    """Return all removals, writing each down as it is found, and beginning with those written down before."""
+    kept = output.with_name(f"{output.stem}.partial.json")
+    done = [pruning.Removal(*step) for step in read_json(kept)] if sidecar(kept).exists() else []
+    trials = batches * count * (count + 1) // 2
+    left = batches * (count - len(done)) * (count - len(done) + 1) // 2
+    with progress.Bar(
+        total=trials, initial=trials - left, desc="order of removal", unit="trial", dynamic_ncols=True
+    ) as bar:
+        for step in search.steps([step.branch for step in done], on_trial=bar.update):
+            done.append(step)
+            write_json(kept, done)
+            bar.set_postfix_str(f"{len(done)} of {count}, perplexity {step.perplexity:.4g}", refresh=False)
+            _logger.info("removal %d: branch %d, perplexity %.4g", len(done), step.branch, step.perplexity)
+    for file in (kept, sidecar(kept)):
+        file.unlink(missing_ok=True)
+    return done
