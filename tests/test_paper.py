@@ -54,7 +54,7 @@ def test_a_finished_block_is_one_line_and_the_status_file_says_finished(finished
         numbers = r"[\d.e-]+"
         # Snakemake writes to the other stream at any time, even before this line has ended.
         assert re.match(
-            rf"block {number} of {BLOCKS}: relative errors (\w+_proj \d\.\d+ ){{6}}\w+_proj \d\.\d+; "
+            rf"block {number} of {BLOCKS}: relative errors (\w+_proj (\d\.\d+|dense)[ ;] ?){{7}}"
             rf"distortion mse {numbers} → {numbers}, cosine {numbers} → {numbers}; {numbers} s, \d+ MB; "
             rf"about {numbers} min left for the other blocks",
             line,
@@ -173,8 +173,8 @@ def test_every_table_and_figure_is_a_target(another: Copy) -> None:
     assert main.count("\n| aasvd |") == 1  # `default` is the same run under another name
     assert "made-up 6" in main and "piqa 4" in main  # windows and examples
     ablation = another.path("results/paper/ablation/tiny_r0.6.md").read_text()
-    assert "| norefine | input_aware | uniform | no |" in ablation
-    assert "| default | input_aware | uniform | yes |" in ablation and "| few |" not in ablation
+    assert "| norefine | loss_aware | optimal | no |" in ablation
+    assert "| default | loss_aware | optimal | yes |" in ablation and "| few |" not in ablation
     assert (
         "No run of a structured pruning method"
         in another.path("results/paper/pruning/tiny_r0.6.md").read_text()

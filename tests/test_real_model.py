@@ -83,13 +83,15 @@ def compress(original: Path, folder: Path, *, objective: str, epochs: int) -> li
     # Small steps, since there are few sequences.
     refinement = {**CONFIG["refinement"], "epochs": epochs, "batch": 2, "learning_rate": 1e-3}
     ranks = str(folder / "ranks.json")
+    compression = {**CONFIG["compression"], "objective": objective, "allocation": "uniform"}
     stages.allocate(
         outline=str(original / "outline.json"),
         measured={},
+        positions=None,
         output=ranks,
         record=str(folder / "allocate.json"),
         parameter_ratio=0.6,
-        compression=CONFIG["compression"],
+        compression=compression,
         log=log,
     )
     shifted, found = str(original / "hidden_0.safetensors"), []
@@ -109,9 +111,10 @@ def compress(original: Path, folder: Path, *, objective: str, epochs: int) -> li
             index=index,
             ranks=ranks,
             gradients=None,
+            fisher=None,
             buckets=None,
             calibration=SETTINGS,
-            compression={**CONFIG["compression"], "objective": objective},
+            compression=compression,
             log=log,
         )
         if epochs:

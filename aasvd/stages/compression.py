@@ -206,17 +206,19 @@ def propagate(
         tqdm.write(_block_line(around, measured["after"], seconds=seconds))
 
 
+def _error(numbers: Mapping[str, Any]) -> str:
+    return f"{numbers['relative_error']:.3f}" if "relative_error" in numbers else "dense"
+
+
 def _block_line(around: Block, after: Mapping[str, float], *, seconds: float) -> str:
     """Return what a finished block's records say, on one line."""
     files = [around.folder / f"{name}.json" for name in ("solve", "refine")]
     made = [read_json(file) for file in files if file.exists()]
-    errors = " ".join(
-        f"{name.rpartition('.')[2]} {numbers['relative_error']:.3f}"
-        for record in made
-        for name, numbers in record.get("linears", {}).items()
-        if "relative_error" in numbers
-    )
-    errors = errors and f"relative errors {errors}; "
+    linears = [item for record in made for item in record.get("linears", {}).items()]
+    errors = ""
+    if any("relative_error" in numbers for _, numbers in linears):
+        each = (f"{name.rpartition('.')[2]} {_error(numbers)}" for name, numbers in linears)
+        errors = f"relative errors {' '.join(each)}; "
     before = next((record["before"] for record in made if "before" in record), None)
     distortion = ", ".join(
         f"{metric} " + (f"{before[metric]:.4g} → " if before else "") + f"{after[metric]:.4g}"
