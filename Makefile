@@ -27,7 +27,7 @@ test: $(BIN)/.installed-test ## format, lint, types, then the whole test suite
 	ruff format --check aasvd tests
 	ruff check aasvd tests
 	mypy
-	OMP_NUM_THREADS=1 python -m pytest -q --numprocesses 2 --dist loadfile
+	OMP_NUM_THREADS=1 python -m pytest -q --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 check: $(BIN)/.installed-test ## format, lint and types only
 	ruff format aasvd tests

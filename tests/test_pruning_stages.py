@@ -82,6 +82,7 @@ class Pruned(Chain):
         stages.allocate(
             outline=self.path("outline.json"),
             measured=self.measured,
+            positions=None,
             output=self.path("ranks.json"),
             record=self.path("allocate.json"),
             parameter_ratio=ratio,

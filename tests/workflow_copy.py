@@ -1,5 +1,6 @@
 """A copy of the workflow with a tiny model, text and task of its own: real Snakemake and DVC, no network."""
 
+import hashlib
 import json
 import os
 import random
@@ -21,6 +22,10 @@ ROOT = Path(__file__).parent.parent
 WORKFLOW = ("Snakefile", "dvc.yaml", "params.yaml", "profiles", "workflow", ".dvcignore", ".gitignore")
 BLOCKS, WIDTH, HIDDEN = 3, 32, 48
 RUN = "tiny_r0.6"
+# Rules of a run, by phase.
+ORIGINALS = {"fetch_model", "fetch_text", "fetch_task", "sample_calibration", "embed", "capture_block"}
+COMPRESSION = {"allocate", "solve_block", "refine_block", "propagate", "assemble", "describe_compression"}
+MEASURES = {"perplexity", "accuracy"}
 SETTINGS: dict[str, Any] = {
     "data_dir": "inputs",
     "model": "tiny",
@@ -285,3 +290,12 @@ def trained_tokenizer(lines: Sequence[str]) -> Tokenizer:
     )
     tokenizer.train_from_iterator(lines, trainer)
     return tokenizer
+
+
+def tensors(copy: Copy) -> dict[str, str]:
+    """Return the digest of every tensor file, which hold no times, and of tokens."""
+    return {
+        str(file.relative_to(copy.folder)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for pattern in ("*.safetensors", "tokens.parquet")
+        for file in sorted(copy.path("results").rglob(pattern))
+    }
