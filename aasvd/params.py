@@ -64,6 +64,20 @@ class Run(NamedTuple):
     settings: dict[str, Any]
 
 
+def read_strings(config: dict[str, Any]) -> None:
+    """Read the values inside a mapping given to `--config`, which Snakemake leaves as strings, as YAML.
+
+    Only what the schema says cannot be a string changes, in place: `evaluation={limit: 500}` gives a number.
+    """
+    validator = jsonschema.Draft202012Validator(yaml.safe_load(SCHEMA.read_text()))
+    for error in list(validator.iter_errors(config)):
+        if error.validator == "type" and isinstance(error.instance, str) and error.absolute_path:
+            *parents, name = error.absolute_path
+            functools.reduce(lambda part, key: part[key], parents, config)[name] = yaml.safe_load(
+                error.instance
+            )
+
+
 def validate(config: Config) -> None:
     """Check a configuration against the schema.
 

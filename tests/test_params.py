@@ -355,6 +355,21 @@ def test_every_shipped_method_makes_a_run(config: Config) -> None:
             assert params.block_stages(run)[0] == "solve"
 
 
+def test_values_inside_a_mapping_on_the_command_line_are_read_as_yaml(local: Config) -> None:
+    """Snakemake gives `--config 'evaluation={limit: 500}'` as strings."""
+    given = {"limit": "500", "windows": "null", "suite": "paper", "tasks": ["piqa"]}
+    local["evaluation"] |= given
+    local["calibration"]["keep_activations"] = "false"
+    local["refinement"]["learning_rate"] = "many"
+    local["model"] = "123"
+    params.read_strings(local)
+    assert local["evaluation"]["limit"] == 500 and local["evaluation"]["windows"] is None
+    assert local["evaluation"]["suite"] == "paper" and local["evaluation"]["tasks"] == ["piqa"]
+    assert local["calibration"]["keep_activations"] is False
+    assert local["refinement"]["learning_rate"] == "many"  # for `validate` to refuse
+    assert local["model"] == "123"
+
+
 def test_methods_that_do_the_same_share_their_artifacts(local: Config) -> None:
     compression = {"objective": "input_aware", "allocation": "uniform", "storage": "factors"}
     local["variants"]["plain"] = {"compression": compression, "refinement": {"epochs": 0}}

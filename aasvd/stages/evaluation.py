@@ -9,7 +9,7 @@ import torch
 
 from aasvd import evaluate, layers, memory, sources
 from aasvd.artifacts import Activations, mark_failure, read_table, read_tensors
-from aasvd.device import compute_device, compute_dtype
+from aasvd.device import compute_device, compute_dtype, release_memory
 from aasvd.stages.loading import Block, load_model, model_folder
 from aasvd.stages.stage import PASSES, report_failure, stage
 
@@ -78,6 +78,8 @@ def _measure(
     name: str, measure: Callable[[], Mapping[str, Any]], *, output: str, advice: str, log: str
 ) -> None:
     """Write a measurement, or why it failed: others go on, and the next run tries this one again."""
+    # A whole model comes into memory here: what earlier stages left behind must not add to it.
+    release_memory()
     with stage(name, log=Path(log), record=Path(output), advice=advice) as measured:
         try:
             measured["measurement"] = measure()

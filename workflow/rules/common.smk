@@ -40,6 +40,7 @@ def checked(function, *args, **kwargs):
         raise WorkflowError(str(error)) from None
 
 
+params.read_strings(config)
 checked(params.validate, config)
 # A mistyped run is found here, in one line, rather than deep inside the graph. Snakemake tells a Snakefile no targets.
 for run in params.named_runs(sys.argv[1:]):
