@@ -78,9 +78,9 @@ def _measure(
     name: str, measure: Callable[[], Mapping[str, Any]], *, output: str, advice: str, log: str
 ) -> None:
     """Write a measurement, or why it failed: others go on, and the next run tries this one again."""
-    # A whole model comes into memory here: what earlier stages left behind must not add to it.
-    release_memory()
     with stage(name, log=Path(log), record=Path(output), advice=advice) as measured:
+        # A whole model comes into memory here: what earlier stages left behind must not add to it.
+        release_memory()
         try:
             measured["measurement"] = measure()
         except (sources.SourceError, evaluate.MeasurementError) as error:
