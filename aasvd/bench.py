@@ -134,7 +134,7 @@ def fixed_cost(repository_config: Mapping[str, Any]) -> dict[str, float]:
         tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
         PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder / "model")
         (folder / "text.txt").write_text(" ".join(f"w{index % 64}" for index in range(4096)))
-        config = _merged(
+        config = params.merged(
             repository_config,
             {
                 "models": {"tiny": {"path": str(folder / "model")}},
@@ -186,7 +186,7 @@ def benchmark(repository_config: Mapping[str, Any], name: str) -> dict[str, Any]
         overrides["texts"] = {"peer": {"path": str(PEER)}}
         overrides["calibration"] = {**CALIBRATION, "text": "peer"}
         overrides["evaluation"]["texts"] = ["peer"]
-    config = _merged(_merged(repository_config, overrides), BENCHMARKS[name])
+    config = params.merged(params.merged(repository_config, overrides), BENCHMARKS[name])
     with workspace() as folder:
         run_workflow(folder, config, ["fetch"])
         total = run_workflow(folder, config, ["compress"])
@@ -230,20 +230,13 @@ def memory(repository_config: Mapping[str, Any]) -> dict[str, dict[str, float]]:
             "compression": {"objective": "anchored", "allocation": "uniform"},
             "refinement": {"epochs": 1},
         }
-        config = _merged(repository_config, overrides)
+        config = params.merged(repository_config, overrides)
         with workspace() as folder:
             paths = params.Paths(config, params.parse_run(config, "smollm2-135m_r0.6"))
             run_workflow(folder, config, [f"{paths.compressed}/block_000/propagate.json"])
             for record in records(folder):
                 peaks.setdefault(record["stage"], {})[str(sequences)] = record["peak_memory_mb"]
     return peaks
-
-
-def _merged(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(config)
-    for key, value in overrides.items():
-        merged[key] = {**merged[key], **value} if isinstance(value, Mapping) else value
-    return merged
 
 
 def table(result: Mapping[str, Any]) -> str:

@@ -69,13 +69,17 @@ def read_strings(config: dict[str, Any]) -> None:
 
     Only what the schema says cannot be a string changes, in place: `evaluation={limit: 500}` gives a number.
     """
-    validator = jsonschema.Draft202012Validator(yaml.safe_load(SCHEMA.read_text()))
-    for error in list(validator.iter_errors(config)):
+    for error in list(_validator().iter_errors(config)):
         if error.validator == "type" and isinstance(error.instance, str) and error.absolute_path:
             *parents, name = error.absolute_path
             functools.reduce(lambda part, key: part[key], parents, config)[name] = yaml.safe_load(
                 error.instance
             )
+
+
+@functools.cache
+def _validator() -> jsonschema.Draft202012Validator:
+    return jsonschema.Draft202012Validator(yaml.safe_load(SCHEMA.read_text()))
 
 
 def validate(config: Config) -> None:
@@ -84,8 +88,7 @@ def validate(config: Config) -> None:
     Raises:
         ValueError: Names the key, what is wrong with it and what is allowed.
     """
-    schema = yaml.safe_load(SCHEMA.read_text())
-    error = jsonschema.exceptions.best_match(jsonschema.Draft202012Validator(schema).iter_errors(config))
+    error = jsonschema.exceptions.best_match(_validator().iter_errors(config))
     if error is not None:
         place = ".".join(map(str, error.absolute_path)) or "top level"
         raise ValueError(f"params.yaml: {place}: {error.message}")
@@ -241,18 +244,18 @@ def _settings(config: Config, method: list[str], overrides: list[Config]) -> dic
     sections = ("seed", "calibration", "compression", "refinement", "post", "evaluation")
     settings = {section: copy.deepcopy(config[section]) for section in sections}
     for override in [config["methods"][chosen], *overrides]:
-        settings = _merged(settings, override)
+        settings = merged(settings, override)
     settings["compression"]["method"] = chosen
     settings["evaluation"] = measurements(config, settings["evaluation"])
     return settings
 
 
-def _merged(settings: Config, override: Config) -> dict[str, Any]:
+def merged(settings: Config, override: Config) -> dict[str, Any]:
     """Return settings with those of an override in their places, however deep."""
     return {
         **settings,
         **{
-            name: _merged(settings[name], value) if isinstance(value, Mapping) else value
+            name: merged(settings.get(name, {}), value) if isinstance(value, Mapping) else value
             for name, value in override.items()
         },
     }
