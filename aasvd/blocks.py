@@ -295,6 +295,10 @@ class Head:
             total = total + losses.view(targets.shape).sum(1)
         return total
 
+    def mean_loss(self, hidden: Tensor, ids: Tensor) -> float:
+        """Return the cross entropy, in nats per predicted token."""
+        return float(self.loss(hidden, ids).sum()) / (len(ids) * (ids.shape[1] - 1))
+
 
 def _callable(parts: Skeleton, state: Mapping[str, Tensor], dtype: torch.dtype) -> Skeleton:
     """Return a copy of a model that can be called up to its blocks.

@@ -1,7 +1,8 @@
-"""Record what named linear layers read."""
+"""Record what named linear layers read, or let something else be called in their place."""
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -38,23 +39,36 @@ def recording(block: nn.Module, groups: Sequence[Sequence[str]], index: int) -> 
     def record(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         recorder.inputs = inputs[0]
 
-    idle = [block.get_submodule(name) for group in groups[index:] for name in group]
-    handle = idle[0].register_forward_pre_hook(record)
+    handle = block.get_submodule(groups[index][0]).register_forward_pre_hook(record)
     try:
-        for module in idle:
-            module.forward = _zeros(module.out_features)  # type: ignore[assignment, arg-type]
-        yield recorder
+        with without(block, [name for group in groups[index:] for name in group]):
+            yield recorder
     finally:
         handle.remove()
-        for module in idle:
+
+
+@contextlib.contextmanager
+def without(block: nn.Module, names: Iterable[str]) -> Iterator[None]:
+    """Let linears of a block return zeros, of no size in memory, for a while."""
+    with instead(block, dict.fromkeys(names, _zeros)):
+        yield
+
+
+def _zeros(linear: nn.Linear, x: Tensor) -> Tensor:
+    return x.new_zeros(()).expand(*x.shape[:-1], linear.out_features)
+
+
+@contextlib.contextmanager
+def instead(block: nn.Module, calls: Mapping[str, Callable[[nn.Linear, Tensor], Tensor]]) -> Iterator[None]:
+    """Call functions, with the linear and its input, in the place of linears of a block for a while."""
+    modules = {name: block.get_submodule(name) for name in calls}
+    for name, module in modules.items():
+        module.forward = functools.partial(calls[name], module)  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        for module in modules.values():
             del module.forward
-
-
-def _zeros(features: int) -> object:
-    def forward(x: Tensor) -> Tensor:
-        return x.new_zeros(()).expand(*x.shape[:-1], features)
-
-    return forward
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from aasvd import blocks
 from aasvd.artifacts import Activations
 from aasvd.capture import recording, watching
 from aasvd.covariance import CrossGram, Gram
@@ -185,7 +186,7 @@ def solve_block(
     Raises:
         ValueError: If a covariance is not finite (names the layers).
     """
-    needs = OBJECTIVES[objective].needs
+    needs, linears = OBJECTIVES[objective].needs, blocks.linears(original)
     tensors: dict[str, Tensor] = {}
     report: dict[str, dict[str, float | int | None]] = {}
     for index, group in enumerate(groups):
@@ -200,7 +201,7 @@ def solve_block(
             if matrix is not None and not torch.isfinite(matrix).all():
                 raise ValueError(f"the covariance of the inputs of {', '.join(group)} is not finite")
         for name in (name for name in group if ranks[name] == 0):
-            layer = removed(_linear(original, name))
+            layer = removed(linears[name])
             report[name] = {"rank": 0}
             tensors |= {f"{name}.{part}": tensor.cpu() for part, tensor in layer.state_dict().items()}
             compressed.set_submodule(name, layer)
@@ -209,7 +210,7 @@ def solve_block(
             continue
         solve = solver(objective, known, options=options)
         for name in (name for name in group if ranks[name] != 0):
-            weight, rank = _linear(original, name).weight.detach(), ranks[name]
+            weight, rank = linears[name].weight.detach(), ranks[name]
             report[name] = {"rank": rank}
             if rank is None:
                 continue
@@ -217,7 +218,7 @@ def solve_block(
             report[name] |= numbers
             tensors[f"{name}.u"] = factors.u.float().cpu()
             tensors[f"{name}.v"] = factors.v.float().cpu()
-            bias = _linear(original, name).bias
+            bias = linears[name].bias
             put(compressed, name, tensors[f"{name}.u"], tensors[f"{name}.v"], bias=bias, like=weight)
     return Solution(tensors, report)
 
@@ -260,10 +261,4 @@ def _shifted_statistics(
 
 
 def _features(block: nn.Module, group: Sequence[str]) -> int:
-    return _linear(block, group[0]).in_features
-
-
-def _linear(block: nn.Module, name: str) -> nn.Linear:
-    module = block.get_submodule(name)
-    assert isinstance(module, nn.Linear)
-    return module
+    return blocks.linears(block)[group[0]].in_features

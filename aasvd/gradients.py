@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from aasvd import blocks
 from aasvd.artifacts import Activations
-from aasvd.blocks import Head
 from aasvd.covariance import Gram
 
 
@@ -31,7 +31,7 @@ class Fisher(NamedTuple):
 
 
 def head_gradient(
-    head: Head, hidden: Activations, ids: Tensor, *, on_gradient: Callable[[Tensor], None]
+    head: blocks.Head, hidden: Activations, ids: Tensor, *, on_gradient: Callable[[Tensor], None]
 ) -> float:
     """Differentiate the loss with respect to what leaves the last block.
 
@@ -130,12 +130,8 @@ def block_fisher(
 
 
 def _linears(block: nn.Module, groups: Sequence[Sequence[str]]) -> dict[str, nn.Linear]:
-    found = {}
-    for name in (name for group in groups for name in group):
-        linear = block.get_submodule(name)
-        assert isinstance(linear, nn.Linear)
-        found[name] = linear
-    return found
+    linears = blocks.linears(block)
+    return {name: linears[name] for group in groups for name in group}
 
 
 def _backward(

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from aasvd.artifacts import Activations
-from aasvd.units import Units, without
+from aasvd.capture import without
+from aasvd.units import Units
 
 Masks = dict[str, tuple[Tensor | None, Tensor | None]]
 

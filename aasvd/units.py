@@ -6,9 +6,8 @@ branch read it, is seen from derivatives: every linear's output and attention's 
 variables, and what depends on what shows where gradients arrive.
 """
 
-import contextlib
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from aasvd import attention
 from aasvd.blocks import linears, place
+from aasvd.capture import instead, without
 
 BRANCHES = ("attention", "mlp")
 # Relative: derivatives are exact up to rounding, which is float32's where models have such norms of heads.
@@ -122,36 +122,17 @@ def is_residual(block: nn.Module, *, arguments: Mapping[str, Any], width: int, t
         return torch.equal(block(x.detach(), **arguments), x)
 
 
-@contextlib.contextmanager
-def without(block: nn.Module, names: Sequence[str] | Mapping[str, Any]) -> Iterator[None]:
-    """Let linears of a block return zeros, of no size in memory, for a while."""
-    with _instead(block, {name: _zeros for name in names}):
-        yield
+def require_residual(block: nn.Module, *, arguments: Mapping[str, Any], width: int, tokens: int) -> None:
+    """Make sure that branches of a block can be removed.
 
-
-def _zeros(linear: nn.Linear, x: Tensor) -> Tensor:
-    return x.new_zeros(()).expand(*x.shape[:-1], linear.out_features)
-
-
-@contextlib.contextmanager
-def _instead(block: nn.Module, calls: Mapping[str, Callable[[nn.Linear, Tensor], Tensor]]) -> Iterator[None]:
-    """Call functions in the place of linears of a block for a while."""
-    modules = {name: block.get_submodule(name) for name in calls}
-    for name, module in modules.items():
-        module.forward = _bound(module, calls[name])
-    try:
-        yield
-    finally:
-        for module in modules.values():
-            del module.forward
-
-
-def _bound(module: nn.Module, call: Callable[[nn.Linear, Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    def forward(x: Tensor) -> Tensor:
-        assert isinstance(module, nn.Linear)
-        return call(module, x)
-
-    return forward
+    Raises:
+        ValueError: If they cannot, since the block does not only add them to its input.
+    """
+    if not is_residual(block, arguments=arguments, width=width, tokens=tokens):
+        raise ValueError(
+            f"{type(block).__name__} does not only add to its input, so neither it nor its attention or MLP "
+            "can be removed"
+        )
 
 
 def _trace(block: nn.Module, *, arguments: Mapping[str, Any], width: int, tokens: int) -> _Trace:
@@ -180,7 +161,7 @@ def _trace(block: nn.Module, *, arguments: Mapping[str, Any], width: int, tokens
     # A copy without its linears' weights, which nothing looks at.
     light = copy.deepcopy(block, {id(weight): nn.Parameter(torch.empty(0)) for weight in weights})
     light.to(host, torch.float64)
-    with attention.replaced(attend), _instead(light, {name: linear(name) for name in linears(light)}):
+    with attention.replaced(attend), instead(light, {name: linear(name) for name in linears(light)}):
         light(_variable(1, tokens, width), **placed)
     return trace
 

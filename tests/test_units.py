@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from aasvd import attention
 from aasvd.blocks import linears
+from aasvd.capture import without
 from aasvd.pruned import prune, removed
-from aasvd.units import branches, heads_and_neurons, is_residual, without
+from aasvd.units import branches, heads_and_neurons, is_residual
 
 HEADS = 4  # of every tiny model
 GROUPS = {"opt": 4, "gpt_neox": 4}  # of keys and values; two in all others

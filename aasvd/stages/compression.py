@@ -51,11 +51,8 @@ def solve_block(
             return write_tensors(
                 Path(output), _wanda_sp(around, Activations(Path(shifted or "")), chosen, measured)
             )
-        if 0 in chosen.values() and not units.is_residual(around.original(), **around.small()):
-            raise ValueError(
-                f"the blocks of {type(around.parts.model).__name__} do not only add to their inputs, so "
-                "neither they nor their attention or MLP can be removed"
-            )
+        if 0 in chosen.values():
+            units.require_residual(around.original(), **around.short())
         known = statistics_of(
             covariances, gradients=gradients, fisher=fisher, buckets=buckets, device=around.device
         )
@@ -91,7 +88,7 @@ def _wanda_sp(
     # The weights as they are stored; their statistics come from passes in the pipeline's float type.
     block = around.original(torch.float32)
     linears = blocks.linears(block)
-    found = units.heads_and_neurons(block, **around.small())
+    found = units.heads_and_neurons(block, **around.short())
     squares = pruning.channel_squares(
         around.original(),
         [some.output for some in found.values()],
@@ -149,14 +146,7 @@ def refine_block(
             measured |= {"losses": [], "refined": measured["before"]}
             return write_tensors(Path(output), factors)
         block = around.compressed(factors, torch.float32)
-        visits = recipe.visits(len(x))
-        with around.bar("refine", visits) as bar:
-
-            def on_step(step: int, steps: int, loss: float) -> None:
-                bar.set_postfix_str(f"loss {loss:.4g}", refresh=False)
-                progress.report(loss=loss, step=step, steps=steps)
-                bar.update(round(visits * step / steps) - bar.n)
-
+        with progress.training(f"{around.label}: refine") as on_step:
             measured["losses"] = refine.refine(
                 block,
                 **streams,

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from aasvd import blocks, checkpoint, compress, objectives, progress
+from aasvd import blocks, checkpoint, compress, formats, objectives, progress
 from aasvd.artifacts import Activations, read_json, read_tensors, writing_activations
 from aasvd.covariance import unpack
 from aasvd.device import compute_device, compute_dtype
-from aasvd.pruned import PrunedLinear
+
+# Tokens of sequences that show how a block is built, for which its inputs' values do not matter.
+SHORT = 16
 
 
 class Block:
@@ -33,16 +35,16 @@ class Block:
 
     def arguments(self, hidden: Activations) -> dict[str, Any]:
         """Return the block's keyword arguments for sequences as long as these."""
-        tokens = hidden.shape[1]
-        return blocks.forward_arguments(self.parts, tokens=tokens, device=self.device, dtype=self.dtype)[
-            self.index
-        ]
+        return self._arguments(hidden.shape[1])
 
-    def small(self, tokens: int = 16) -> dict[str, Any]:
-        """Return what `aasvd.units` wants to know besides a block, for short sequences: they show as much."""
+    def _arguments(self, tokens: int) -> dict[str, Any]:
         found = blocks.forward_arguments(self.parts, tokens=tokens, device=self.device, dtype=self.dtype)
+        return found[self.index]
+
+    def short(self) -> dict[str, Any]:
+        """Return what `aasvd.units` wants to know besides a block, for short sequences: they show as much."""
         width = self.parts.model.config.get_text_config().hidden_size
-        return {"arguments": found[self.index], "width": width, "tokens": tokens}
+        return {"arguments": self._arguments(SHORT), "width": width, "tokens": SHORT}
 
     def groups(self, hidden: Activations, arguments: Mapping[str, Any]) -> list[list[str]]:
         """Return the names of the block's linears, grouped by shared input, in the order they are called."""
@@ -58,18 +60,9 @@ class Block:
     def compressed(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> nn.Module:
         """Load the original block and put factors, and other parameters, in their places."""
         block = self.original(dtype)
-        weights = dict(blocks.linears(block))
-        for name, size in pruned(tensors).items():
-            linear = weights[name]
-            layer = PrunedLinear(
-                linear.in_features,
-                linear.out_features,
-                size,
-                bias=linear.bias is not None,
-                device=self.device,
-                dtype=dtype,
-            )
-            block.set_submodule(name, layer.requires_grad_(False))
+        weights = blocks.linears(block)
+        formats.replace_linears(block, {}, storage="factors", kept=pruned(tensors))
+        block.requires_grad_(False)
         for name in factored(tensors):
             u, v = tensors[f"{name}.u"], tensors[f"{name}.v"]
             compress.put(block, name, u, v, bias=weights[name].bias, like=weights[name].weight)

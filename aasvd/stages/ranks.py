@@ -103,7 +103,7 @@ def _sensitivity(
         arguments[around.index :],
         trials,
         hidden=x.read(list(range(len(ids)))),
-        loss=lambda hidden: float(head.loss(hidden, ids).sum()) / (len(ids) * (ids.shape[1] - 1)),
+        loss=lambda hidden: head.mean_loss(hidden, ids),
     )
 
 

@@ -6,16 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from aasvd import blocks, calibration, progress, pruning, units
 from aasvd.artifacts import Activations, read_json, sidecar, write_json, write_tensors
 from aasvd.device import compute_device, compute_dtype
+from aasvd.stages.loading import SHORT
 from aasvd.stages.stage import PASSES, stage
 
 _logger = logging.getLogger(__name__)
-
-_SHORT = 16
 
 
 def order_branches(
@@ -48,29 +46,20 @@ def order_branches(
         ]
         found = []
         # Of short sequences, which show as much.
-        short = blocks.forward_arguments(parts, tokens=_SHORT, **call)
+        short = blocks.forward_arguments(parts, tokens=SHORT, **call)
         for index, block in enumerate(model):
-            around: dict[str, Any] = {"arguments": short[index], "width": x.shape[2], "tokens": _SHORT}
-            if not units.is_residual(block, **around):
-                raise ValueError(
-                    f"the blocks of {type(parts.model).__name__} do not only add to their inputs, so their "
-                    "attention and MLPs cannot be removed"
-                )
+            around: dict[str, Any] = {"arguments": short[index], "width": x.shape[2], "tokens": SHORT}
+            units.require_residual(block, **around)
             for kind, names in units.branches(block, **around).items():
                 found.append(pruning.Branch(index, kind, names))
         found.sort(key=lambda branch: units.BRANCHES.index(branch.kind))
         head = blocks.Head(dense, parts, **call)
-
-        def loss(hidden: Tensor, some: slice) -> float:
-            wanted = ids[some]
-            return float(head.loss(hidden, wanted).sum()) / (len(wanted) * (wanted.shape[1] - 1))
-
         search = pruning.Removals(
             model,
             found,
             arguments=arguments,
             hidden=x.read(list(range(len(ids)))),
-            loss=loss,
+            loss=lambda hidden, some: head.mean_loss(hidden, ids[some]),
             batch=settings["batch"],
         )
         removals = _searched(search, len(found), Path(output), batches=-(-len(ids) // settings["batch"]))
