@@ -36,6 +36,8 @@ _DIPSVD_BETA, _DIPSVD_WIDTH, _DIPSVD_BOUNDS = 0.3, 0.25, (0.3, 0.98)
 _DIPSVD_ENERGY = 0.95
 # How closely ranks from a file have to meet the budget.
 _TOLERANCE = 1e-3
+# The coarsest step between the ranks that `optimal` chooses from: rows of a matrix unit's tile.
+_COARSEST_STEP = 16
 
 Floats = NDArray[np.float64]
 Ranks = dict[str, int | None]
@@ -421,28 +423,38 @@ def optimal(problem: Problem) -> Allocation:
     """Ours: the ranks, 'keep dense' among them, that lose least of what all directions are worth.
 
     Every direction of every linear comes with what dropping it costs the model's loss (measure
-    `influence`). Losses add up, so this is a knapsack of one option per linear, and is solved exactly.
+    `influence`). Losses add up, so this is a knapsack of one option per linear, and is solved exactly. Large
+    linears get even ranks (`_even_ranks`).
     """
-    costs, values = [], []
+    options, costs, values = [], [], []
     for layer in problem.layers:
         gains = problem.of_layer("influence", layer).double().cpu().numpy()
-        options = range(1, largest_rank(problem, layer) + 1)
-        cost = [problem.cost(layer, rank) for rank in options]
-        costs.append(np.array([*cost, layer.size], dtype=np.int64))
+        ranks = _even_ranks(layer, largest_rank(problem, layer))
+        options.append([*ranks, None])
+        costs.append(np.array([*(problem.cost(layer, rank) for rank in ranks), layer.size], dtype=np.int64))
         # At full rank, dense or not, nothing is lost.
-        values.append(np.append(np.cumsum(gains)[: len(options)], gains.sum()))
+        values.append(np.append(np.cumsum(gains)[np.array(ranks, dtype=np.int64) - 1], gains.sum()))
     choice = choose(costs, values, budget=problem.budget)
-    ranks = [
-        None if option == len(cost) - 1 else option + 1
-        for option, cost in zip(choice.options, costs, strict=True)
-    ]
+    chosen = [some[option] for some, option in zip(options, choice.options, strict=True)]
     total = float(sum(value[-1] for value in values))
     notes = {
         "predicted_loss": total - choice.value,
         "predicted_loss_bound": max(0.0, total - choice.bound),
         "exact": choice.exact,
     }
-    return Allocation(ranks, notes)
+    return Allocation(chosen, notes)
+
+
+def _even_ranks(layer: Layer, largest: int) -> list[int]:
+    """Return the ranks that a linear may get: multiples of a power of two, and the powers below it.
+
+    The power is about a thirtieth of full rank, at most 16, so hardly anything is lost. What is gained:
+    matrix units work on whole tiles, and linears share ranks. A rank that no other linear has costs kernels
+    of its own: on a CPU oneDNN compiles them at their first call, for milliseconds each, and keeps them.
+    """
+    step = min(_COARSEST_STEP, 1 << max(0, (min(layer.shape) // 32).bit_length() - 1))
+    finer = [1 << power for power in range(step.bit_length() - 1)]
+    return [rank for rank in (*finer, *range(step, largest + 1, step)) if rank <= largest]
 
 
 def from_file(problem: Problem) -> Allocation:

@@ -34,7 +34,7 @@ VERSIONS = {
     "text": 1,
     "task": 1,
     "calibration": 5,
-    "compression": 3,
+    "compression": 4,
     "evaluation": 2,
     "positions": 1,
 }
