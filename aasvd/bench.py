@@ -21,12 +21,20 @@ from typing import Any
 import torch
 import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from aasvd import evaluate, params, refine
 from aasvd.device import compute_dtype
 
 REPOSITORY = Path(__file__).parent.parent
+# Nothing is fetched twice.
+DOWNLOADS, SOURCES = "results/downloads", "results/artifacts/sources"
 PEER = REPOSITORY.parent / "shared" / "data" / "peer"
 CALIBRATION: dict[str, Any] = {"sequences": 32, "tokens": 512, "sampling": "sequential"}
 BENCHMARKS: dict[str, dict[str, Any]] = {
@@ -89,14 +97,14 @@ def run_workflow(folder: Path, config: Mapping[str, Any], targets: list[str]) ->
 
 
 @contextlib.contextmanager
-def workspace() -> Iterator[Path]:
-    """Yield an empty folder to run the workflow in, which shares nothing but fetched sources."""
+def workspace(*shared: str) -> Iterator[Path]:
+    """Yield an empty folder to run the workflow in, which shares nothing but these folders."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         (folder / "results" / "artifacts").mkdir(parents=True)
-        for shared in ("results/downloads", "results/artifacts/sources"):
-            (REPOSITORY / shared).mkdir(parents=True, exist_ok=True)
-            (folder / shared).symlink_to(REPOSITORY / shared)
+        for name in shared:
+            (REPOSITORY / name).mkdir(parents=True, exist_ok=True)
+            (folder / name).symlink_to(REPOSITORY / name)
         yield folder
 
 
@@ -187,7 +195,7 @@ def benchmark(repository_config: Mapping[str, Any], name: str) -> dict[str, Any]
         overrides["calibration"] = {**CALIBRATION, "text": "peer"}
         overrides["evaluation"]["texts"] = ["peer"]
     config = params.merged(params.merged(repository_config, overrides), BENCHMARKS[name])
-    with workspace() as folder:
+    with workspace(DOWNLOADS, SOURCES) as folder:
         run_workflow(folder, config, ["fetch"])
         total = run_workflow(folder, config, ["compress"])
         found = records(folder)
@@ -211,31 +219,40 @@ def benchmark(repository_config: Mapping[str, Any], name: str) -> dict[str, Any]
     }
 
 
-def perplexity_share(repository_config: Mapping[str, Any]) -> float:
-    """Return `forward_share` of the dense SmolLM2-135M in the float type that the pipeline chooses."""
-    with workspace() as folder:
+def dense_model(repository_config: Mapping[str, Any]) -> Path:
+    """Return the folder of the dense SmolLM2-135M, fetched where it is not there yet."""
+    with workspace(DOWNLOADS, SOURCES) as folder:
         source = params.model_folder(repository_config, "smollm2-135m") / "source.json"
         run_workflow(folder, repository_config, [str(source)])
-    dtype = compute_dtype("auto", torch.device("cpu"))
-    return forward_share(REPOSITORY / source.parent / "dense", dtype=dtype)
+    return REPOSITORY / source.parent / "dense"
 
 
-def memory(repository_config: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    """Return every stage's peak memory for the first block at two numbers of sequences."""
+def memory(repository_config: Mapping[str, Any], dense: Path) -> dict[str, dict[str, float]]:
+    """Return every stage's peak memory in MB at two numbers of sequences.
+
+    On a model of the first two blocks: stages are called block by block, so more blocks take more time but
+    no more memory, except where the whole model is measured. Gradients are taken on all sequences.
+    """
     peaks: dict[str, dict[str, float]] = {}
-    for sequences in (32, 128):
-        overrides = {
-            "runs": ["smollm2-135m_r0.6"],
-            "calibration": {**CALIBRATION, "sequences": sequences, "text": "enwiki100"},
-            "compression": {"objective": "anchored", "allocation": "uniform"},
-            "refinement": {"epochs": 1},
-        }
-        config = params.merged(repository_config, overrides)
-        with workspace() as folder:
-            paths = params.Paths(config, params.parse_run(config, "smollm2-135m_r0.6"))
-            run_workflow(folder, config, [f"{paths.compressed}/block_000/propagate.json"])
-            for record in records(folder):
-                peaks.setdefault(record["stage"], {})[str(sequences)] = record["peak_memory_mb"]
+    with tempfile.TemporaryDirectory() as name:
+        model = AutoModelForCausalLM.from_pretrained(dense, num_hidden_layers=2)
+        model.save_pretrained(name)
+        AutoTokenizer.from_pretrained(dense).save_pretrained(name)
+        runs = [f"short_r0.6{variant}" for variant in ("", "_anchored")]
+        for sequences in (32, 128):
+            overrides = {
+                "models": {"short": {"path": name}},
+                "runs": runs,
+                "calibration": {**CALIBRATION, "sequences": sequences, "text": "enwiki100", "gradients": 0},
+                "refinement": {"epochs": 1, "steps": 0},
+                "evaluation": {"texts": ["enwiki100"], "windows": 1, "tasks": []},
+            }
+            with workspace(DOWNLOADS) as folder:
+                config = params.merged(repository_config, overrides)
+                run_workflow(folder, config, [f"results/{run}/eval.json" for run in runs])
+                for record in records(folder):
+                    stage = peaks.setdefault(record["stage"], {})
+                    stage[str(sequences)] = max(stage.get(str(sequences), 0), record["peak_memory_mb"])
     return peaks
 
 
@@ -276,6 +293,7 @@ def main() -> None:
     if unknown := sorted(set(names) - set(BENCHMARKS)):
         sys.exit(f"unknown benchmark {unknown[0]!r}; there are {', '.join(BENCHMARKS)}")
     config = yaml.safe_load((REPOSITORY / "params.yaml").read_text())
+    dense = dense_model(config)
     result = {
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
@@ -284,9 +302,9 @@ def main() -> None:
             "bfloat16": matrix_gflops(torch.bfloat16),
         },
         "fixed_cost": fixed_cost(config),
-        "perplexity_share": perplexity_share(config),
+        "perplexity_share": forward_share(dense, dtype=compute_dtype("auto", torch.device("cpu"))),
         "benchmarks": {name: benchmark(config, name) for name in names},
-        "memory": memory(config),
+        "memory": memory(config, dense),
     }
     output = REPOSITORY / "results" / "bench.json"
     output.parent.mkdir(exist_ok=True)
