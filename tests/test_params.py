@@ -685,7 +685,7 @@ def test_dvc_stages_watch_parameters_that_exist(config: Config) -> None:
     stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
     assert list(stages) == [*params.PHASES, "publish"]
     for name, stage in stages.items():
-        for key in stage.get("params", []):
+        for key in stage.get("do", stage)["params"]:
             section, _, inner = key.partition(".")
             assert not inner or inner in config[section], f"{name}: {key}"
             assert section in config, f"{name}: {key}"
@@ -736,3 +736,6 @@ Maker = Callable[[Config, str], object]
 def test_names_that_are_in_no_registry_are_refused(local: Config, make: Maker) -> None:
     with pytest.raises(ValueError, match=r"unknown (model|text) 'nobody'; params\.yaml has "):
         make(local, "nobody")
+    # Artifacts of all parameters lie side by side: what a run's numbers are made from, only parameters say.
+    for stage in (stages["evaluate"], stages["publish"]["do"]):
+        assert {*stage["params"], "runs", "comparison"} == set(config)
