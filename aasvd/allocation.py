@@ -463,7 +463,7 @@ def from_file(problem: Problem) -> Allocation:
     Raises:
         ValueError: If the file does not fit the model or the budget.
     """
-    path = Path(problem.compression["ranks_file"])
+    path = Path(problem.compression["ranks_file"]).expanduser()
     found = json.loads(path.read_text())
     given = found.get("ranks", found) if isinstance(found, dict) else None
     names = [f"{layer.block}.{layer.name}" for layer in problem.layers]

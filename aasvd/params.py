@@ -46,6 +46,8 @@ _NOT_IN_KEYS = {
     "compression": {"ratio", "method"},
 }
 _SAMPLES, _SAMPLE_BYTES = 64, 1 << 14
+# Digests of sources: weights, and files larger than this, are sampled.
+_WEIGHTS, _WHOLE_BYTES = (".safetensors", ".gguf"), 1 << 30
 
 
 class Run(NamedTuple):
@@ -294,20 +296,20 @@ def text_ingredients(config: Config, text: str) -> dict[str, Any]:
 
 def task_ingredients(config: Config, task: str) -> dict[str, Any]:
     """Return what identifies the rows of a zero-shot task."""
-    local = Path(config["data_dir"]) / f"{task}.jsonl" if config["data_dir"] else None
+    local = Path(config["data_dir"]).expanduser() / f"{task}.jsonl" if config["data_dir"] else None
     content = _content({"path": str(local)}) if local is not None and local.exists() else None
     return {"version": VERSIONS["task"], "task": task, "content": content}
 
 
 def _content(source: Config) -> str | None:
-    """Return a digest of local files: of their sizes and of bytes sampled all over them.
+    """Return a digest of local files: of all bytes, or of bytes sampled all over weights and huge files.
 
     Reading 140 GB whenever a workflow starts would be too slow; any fine-tuning changes sampled weights.
     """
     if "path" not in source:
         return None
-    path = Path(source["path"])
-    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    path = Path(source["path"]).expanduser()
+    files = sorted(_visible_files(path)) if path.is_dir() else [path]
     if not all(file.is_file() for file in files):
         return None
     states = [file.stat() for file in files]
@@ -321,8 +323,18 @@ def _digest(path: Path, files: tuple[tuple[str, int, int], ...]) -> str:
     summary = hashlib.sha256()
     for name, size, _ in files:
         summary.update(f"{name}:{size}\n".encode())
-        with (path / name if name else path).open("rb") as stream:
-            step = max(_SAMPLE_BYTES, size // _SAMPLES)
+def _visible_files(folder: Path) -> Iterable[Path]:
+    """Yield the files below a folder without hidden ones: .git and .cache change while the model does not."""
+    for file in folder.rglob("*"):
+        hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
+        if file.is_file() and not hidden:
+            yield file
+
+
+        file = path / name if name else path
+        whole = file.suffix not in _WEIGHTS and size <= _WHOLE_BYTES
+        step = _SAMPLE_BYTES if whole else max(_SAMPLE_BYTES, size // _SAMPLES)
+        with file.open("rb") as stream:
             for start in range(0, size, step):
                 stream.seek(start)
                 summary.update(stream.read(_SAMPLE_BYTES))
@@ -350,7 +362,7 @@ def compression_ingredients(config: Config, run: Run) -> dict[str, Any]:
     for option in unused - {option for piece in own for option in piece.options}:
         del compression[option]
     if compression["allocation"] == "file":
-        if not Path(compression["ranks_file"]).is_file():
+        if not Path(compression["ranks_file"]).expanduser().is_file():
             raise ValueError(
                 f"compression.ranks_file {compression['ranks_file']!r} is no file: `file` reads the "
                 "rank of every linear from it, as in the ranks.json of a finished run"

@@ -585,8 +585,8 @@ def test_rows_of_a_task_count_by_their_content(local: Config, tmp_path: Path) ->
     assert params.task_file(local, "winogrande") == params.task_file(local | {"data_dir": ""}, "winogrande")
 
 
-def test_content_is_sampled_all_over_a_large_file(tmp_path: Path) -> None:
-    file = tmp_path / "large"
+def test_content_is_sampled_all_over_large_weights(tmp_path: Path) -> None:
+    file = tmp_path / "large.safetensors"
     file.write_bytes(bytes(4 << 20))
     before = params._content({"path": str(file)})
     for start in range(0, 4 << 20, 1 << 16):  # any sixteenth of a megabyte that is written anew shows
@@ -600,6 +600,56 @@ def test_content_is_sampled_all_over_a_large_file(tmp_path: Path) -> None:
 def test_keys_do_not_depend_on_the_order_of_settings() -> None:
     keys = {
         params.key_of(dict(order)) for order in itertools.permutations([("a", 1), ("b", [2]), ("c", None)])
+@pytest.mark.parametrize("name", ["corpus.txt", "rows.jsonl", "ranks.json"])
+def test_every_byte_of_other_files_counts(tmp_path: Path, name: str) -> None:
+    file = tmp_path / name
+    file.write_bytes(bytes(4 << 20))
+    before = params._content({"path": str(file)})
+    for place in range(40_000, 4 << 20, 500_000):
+        with file.open("r+b") as stream:
+            stream.seek(place)
+            stream.write(b"\1")
+        assert params._content({"path": str(file)}) != before, place
+        file.write_bytes(bytes(4 << 20))
+
+
+def test_hidden_files_beside_a_model_are_no_part_of_it(local: Config, tmp_path: Path) -> None:
+    before = paths(local).model
+    for name in (".git/index", ".cache/huggingface/x.lock", ".DS_Store"):
+        (tmp_path / "model" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "model" / name).write_text("x")
+        assert paths(local).model == before, name
+    (tmp_path / "model" / "config.json").write_text("{}")
+    assert paths(local).model != before
+
+
+def test_sources_below_the_home_folder_count_by_their_content(
+    local: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "wikitext2").mkdir()
+    (tmp_path / "ranks.json").write_text("{}")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    local["models"]["mine"] = {"path": "~/model"}
+    local["texts"]["notes"] = {"path": "~/notes.txt"}
+    local["data_dir"] = "~"
+    local["compression"] |= {"allocation": "file", "ranks_file": "~/ranks.json"}
+
+    def compression() -> object:
+        return params.compression_ingredients(local, params.parse_run(local, "mine_r0.6"))["compression"]
+
+    made_from = {
+        "model/model.safetensors": lambda: params.model_folder(local, "mine"),
+        "notes.txt": lambda: params.text_file(local, "notes", "train"),
+        "wikitext2/train.txt": lambda: params.text_file(local, "wikitext2", "train"),
+        "piqa.jsonl": lambda: params.task_file(local, "piqa"),
+        "ranks.json": compression,
+    }
+    for name, made in made_from.items():
+        before = made()
+        (tmp_path / name).write_text(f"another {name}")
+        assert made() != before, name
+
+
     }
     (key,) = keys
     assert len(key) == 10 and int(key, 16) >= 0
