@@ -13,6 +13,7 @@ import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -179,7 +180,7 @@ def parse_run(config: Config, name: str) -> Run:
 
 def _read_run(config: Config, name: str) -> Run:
     if name == DEFAULT:
-        named = f"{config['model']}_r{float(config['compression']['ratio'])}"
+        named = f"{config['model']}_r{written_ratio(config['compression']['ratio'])}"
         return _read_run(config, named)._replace(name=name)
     match = RUN.fullmatch(name)
     if match is None:
@@ -224,6 +225,11 @@ def _conflict(settings: Mapping[str, Any]) -> str | None:
             "another compression.precision than int8"
         )
     return None
+
+
+def written_ratio(ratio: float) -> str:
+    """Return a ratio as names and paths hold it: every digit, so that it is read back, and no exponent."""
+    return format(Decimal(repr(float(ratio))), "f")
 
 
 def named_runs(words: Iterable[str]) -> list[str]:
@@ -483,11 +489,11 @@ class Paths:
         """Work out the keys of a run."""
         self._config, self._run = config, run
         calibration = key_of(calibration_ingredients(config, run))
-        compression = f"r{run.ratio:g}-{key_of(compression_ingredients(config, run))}"
+        compression = f"r{written_ratio(run.ratio)}-{key_of(compression_ingredients(config, run))}"
         self.model = model_folder(config, run.model)
         self.calibration = ARTIFACTS / "calibration" / run.model / calibration
         self.original = ARTIFACTS / "original" / run.model / calibration
-        positions = f"r{run.ratio:g}-{key_of(positions_ingredients(config, run))}.safetensors"
+        positions = f"r{written_ratio(run.ratio)}-{key_of(positions_ingredients(config, run))}.safetensors"
         self.positions = self.original / "positions" / positions if trains_positions(run) else None
         self.compressed = ARTIFACTS / "compressed" / run.model / calibration / compression
         # A post-step makes another checkpoint beside the one that it starts from.

@@ -165,6 +165,8 @@ def test_the_default_run_takes_model_and_ratio_from_params_and_shares_the_named_
 ) -> None:
     local["model"], local["compression"]["ratio"] = "mine", 0.5
     assert where(paths(local, "default")) == where(paths(local, "mine_r0.5"))
+    local["compression"]["ratio"] = 0.00001234567
+    assert where(paths(local, "default")) == where(paths(local, "mine_r0.00001234567"))
     before = where(paths(local, "mine_r0.6"))
     local["compression"]["ratio"] = 0.25
     assert where(paths(local, "mine_r0.6")) == before  # the ratio of other runs is in their names
@@ -277,6 +279,7 @@ def test_ratios_written_in_two_ways_share_their_artifacts(local: Config) -> None
         == where(paths(local, "mine_r0.60"))
         == where(paths(local, "mine_r.6"))
     )
+    assert paths(local, "mine_r0.60").compressed.name.startswith("r0.6-")
 
 
 # --- keys -------------------------------------------------------------------------------------------------
@@ -659,6 +662,8 @@ def test_runs_are_found_again_by_their_keys(local: Config) -> None:
     for name in (
         "mine_r0.6",
         "mine_r0.55",
+        "mine_r0.6666667",
+        "mine_r0.00001234567",
         "mine_r0.6_norefine",
         "mine_r0.6_anchored",
         "mine_r0.6_saes-svd",
