@@ -46,9 +46,9 @@ _NOT_IN_KEYS = {
     # What a method is called; what it does is in the other keys, so equal methods share their artifacts.
     "compression": {"ratio", "method"},
 }
-_SAMPLES, _SAMPLE_BYTES = 64, 1 << 14
 # Digests of sources: weights, and files larger than this, are sampled.
 _WEIGHTS, _WHOLE_BYTES = (".safetensors", ".gguf"), 1 << 30
+_SAMPLES, _SAMPLE_BYTES = 64, 1 << 14
 
 
 class Run(NamedTuple):
@@ -323,12 +323,6 @@ def _content(source: Config) -> str | None:
     return _digest(path, tuple((n, s.st_size, s.st_mtime_ns) for n, s in zip(names, states, strict=True)))
 
 
-@functools.cache
-def _digest(path: Path, files: tuple[tuple[str, int, int], ...]) -> str:
-    """Return the digest of a file, or of the named files below a folder; keys ask for it many times over."""
-    summary = hashlib.sha256()
-    for name, size, _ in files:
-        summary.update(f"{name}:{size}\n".encode())
 def _visible_files(folder: Path) -> Iterable[Path]:
     """Yield the files below a folder without hidden ones: .git and .cache change while the model does not."""
     for file in folder.rglob("*"):
@@ -337,6 +331,12 @@ def _visible_files(folder: Path) -> Iterable[Path]:
             yield file
 
 
+@functools.cache
+def _digest(path: Path, files: tuple[tuple[str, int, int], ...]) -> str:
+    """Return the digest of a file, or of the named files below a folder; keys ask for it many times over."""
+    summary = hashlib.sha256()
+    for name, size, _ in files:
+        summary.update(f"{name}:{size}\n".encode())
         file = path / name if name else path
         whole = file.suffix not in _WEIGHTS and size <= _WHOLE_BYTES
         step = _SAMPLE_BYTES if whole else max(_SAMPLE_BYTES, size // _SAMPLES)

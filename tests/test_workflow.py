@@ -456,6 +456,9 @@ def test_models_and_data_that_cannot_be_used_are_one_message_each(another: Copy,
     ):
         assert re.search(message, done.text), message
     assert "Traceback (most recent call last)" not in done.text
+    # A text that is too short fails alone; a mistyped task has no result.
+    assert another.evaluation("tiny_r0.6_window")["errors"]
+    assert not another.path("results/tiny_r0.6_task/eval.json").exists()
     after = artifacts(another)
     assert {name: after[name] for name in kept} == kept
 

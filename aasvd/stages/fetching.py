@@ -51,7 +51,9 @@ def fetch_text(
 def fetch_task(*, task: str, data_dir: str, output: str, cache: str, log: str) -> None:
     """Fetch the rows of a zero-shot task."""
     with stage(f"fetch task {task}", log=Path(log), record=None, advice=PASSES):
-        fetch = functools.partial(sources.fetch_task, task, data_dir=data_dir, cache=Path(cache))
+        # Not among what fails alone: a mistyped name stays wrong however often it is tried.
+        definition = sources.task_definition(task)
+        fetch = functools.partial(sources.fetch_task, definition, data_dir=data_dir, cache=Path(cache))
         _fetch(f"task {task}", Path(output), fetch)
 
 

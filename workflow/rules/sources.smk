@@ -49,6 +49,7 @@ rule fetch_task:
         f"{ARTIFACTS}/sources/tasks/{{task}}/{{key}}/rows.parquet",
     log:
         "logs/tasks/{task}_{key}.log",
+    priority: 1  # a mistyped name ends a run before hours of work
     run:
         stages(wildcards).fetch_task(
             task=wildcards.task,
