@@ -128,12 +128,12 @@ def describe_tensors(folder: Path) -> dict[str, dict[str, Any]]:
     """Return file, dtype, shape and sha256 of each tensor in a model folder, reading a megabyte at a time.
 
     Raises:
-        SourceError: If the folder has no config.json or no *.safetensors, or a weight file is damaged.
+        SourceError: If the folder has no config.json or no *.safetensors, its model is quantized, or a weight
+            file is damaged.
     """
     if not folder.is_dir():
         raise SourceError(f"model folder {folder} does not exist")
-    if not (folder / "config.json").is_file():
-        raise SourceError(f"{folder} has no config.json: expected a Hugging Face model folder")
+    _require_dense(folder)
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
@@ -149,6 +149,28 @@ def describe_tensors(folder: Path) -> dict[str, dict[str, Any]]:
             raise SourceError(f"{folder} lacks the weight file {name} that its index names")
         tensors |= _describe_file(folder / name)
     return tensors
+
+
+def _require_dense(folder: Path) -> None:
+    """Check that a folder's config.json describes a model whose weights are plain matrices.
+
+    Raises:
+        SourceError: If there is none, it cannot be read, or the model is quantized or compressed already.
+    """
+    file = folder / "config.json"
+    if not file.is_file():
+        raise SourceError(f"{folder} has no config.json: expected a Hugging Face model folder")
+    try:
+        config = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise SourceError(f"{file} is not JSON: {error}") from error
+    quantization = config.get("quantization_config") if isinstance(config, dict) else None
+    if quantization is not None:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+        raise SourceError(
+            f"{folder} holds a model that is quantized or compressed already ({method or 'unknown method'}: "
+            "quantization_config in its config.json); name the dense model that it was made from instead"
+        )
 
 
 def _describe_file(path: Path) -> dict[str, dict[str, Any]]:
@@ -258,14 +280,17 @@ def _download_model(source: Mapping[str, Any], *, folder: Path) -> str:
         raise SourceError(f"hub model {source['hub']} has no *.safetensors weights; {_NO_BIN}")
     # The name is fixed, so that an interrupted download goes on where it stopped.
     temporary = folder.with_name(f".{folder.name}.partial")
-    with _hub_errors(source["hub"], remedy=remedy):
-        snapshot_download(
-            source["hub"],
-            revision=info.sha,
-            local_dir=temporary,
-            allow_patterns=list(_MODEL_FILES),
-            ignore_patterns=["*/*", "consolidated*"],
-        )
+    # config.json by itself first: a model that cannot be used is not downloaded.
+    for patterns in (["config.json"], list(_MODEL_FILES)):
+        with _hub_errors(source["hub"], remedy=remedy):
+            snapshot_download(
+                source["hub"],
+                revision=info.sha,
+                local_dir=temporary,
+                allow_patterns=patterns,
+                ignore_patterns=["*/*", "consolidated*"],
+            )
+        _require_dense(temporary)
     shutil.rmtree(temporary / ".cache", ignore_errors=True)
     _replace_folder(temporary, folder)
     return str(info.sha)

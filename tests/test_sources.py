@@ -177,8 +177,9 @@ def _serve(monkeypatch: pytest.MonkeyPatch, folder: Path, names: list[str]) -> l
     def snapshot(name: str, **arguments: Any) -> None:
         asked.append(arguments)
         arguments["local_dir"].mkdir(parents=True, exist_ok=True)
-        (arguments["local_dir"] / ".cache").mkdir()
-        for file in folder.iterdir():
+        (arguments["local_dir"] / ".cache").mkdir(exist_ok=True)
+        wanted = {file for pattern in arguments["allow_patterns"] for file in folder.glob(pattern)}
+        for file in wanted:
             (arguments["local_dir"] / file.name).write_bytes(file.read_bytes())
 
     info = SimpleNamespace(sha="c0ffee", siblings=[SimpleNamespace(rfilename=name) for name in names])
@@ -197,7 +198,7 @@ def test_hub_model_is_pinned_to_a_commit_and_replaces_an_older_one(
     fetch_model({"hub": "org/name", "revision": "main"}, output=output, cache=tmp_path)
     record = read_json(output)
     assert (record["folder"], record["revision"]) == ("dense", "c0ffee")
-    assert asked[0]["revision"] == "c0ffee"
+    assert {download["revision"] for download in asked} == {"c0ffee"}
     assert record["tensors"] == describe_tensors(model_folder)
     found = sorted(path.name for path in (output.parent / "dense").iterdir())
     assert found == sorted(path.name for path in model_folder.iterdir())
@@ -217,6 +218,30 @@ def test_hub_model_that_cannot_be_read_is_not_downloaded(
     with pytest.raises(SourceError, match=message):
         fetch_model({"hub": "org/name"}, output=tmp_path / "source.json", cache=tmp_path)
     assert not asked
+
+
+@pytest.mark.parametrize("method", ["fp8", "gptq", "bitsandbytes", "aasvd"])
+def test_a_quantized_model_is_refused_before_its_weights_are_read_or_downloaded(
+    method: str, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = json.loads((model_folder / "config.json").read_text())
+    (model_folder / "config.json").write_text(json.dumps(config | {"quantization_config": None}))
+    assert describe_tensors(model_folder)
+    quantization = {"quantization_config": {"quant_method": method}}
+    (model_folder / "config.json").write_text(json.dumps(config | quantization))
+    message = rf"quantized or compressed already \({method}: quantization_config"
+    with pytest.raises(SourceError, match=message):
+        fetch_model({"path": str(model_folder)}, output=tmp_path / "source.json", cache=tmp_path)
+    asked = _serve(monkeypatch, model_folder, [path.name for path in model_folder.iterdir()])
+    with pytest.raises(SourceError, match=message):
+        fetch_model({"hub": "org/name"}, output=tmp_path / "out" / "source.json", cache=tmp_path)
+    assert [download["allow_patterns"] for download in asked] == [["config.json"]]
+
+
+def test_a_damaged_config_is_named(model_folder: Path) -> None:
+    (model_folder / "config.json").write_text('{"model_type": ')
+    with pytest.raises(SourceError, match=r"config\.json is not JSON"):
+        describe_tensors(model_folder)
 
 
 def _unreachable(*_: Any, **__: Any) -> None:
