@@ -9,7 +9,6 @@ call stand-ins, and linears that read the same tensor are found by watching one 
 import contextlib
 import copy
 import hashlib
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -59,15 +58,12 @@ class Source:
                 tensor: Tensor = stream.get_tensor(name)
         except SafetensorError as error:
             raise DamagedArtifactError(f"{file} is damaged ({error}); {remedy}") from error
-        if hashlib.sha256(tensor.view(torch.uint8).numpy().data).hexdigest() != entry["sha256"]:
+        # Flat, since a single number has no bytes to view: old GPT-NeoX files hold such.
+        if hashlib.sha256(tensor.reshape(-1).view(torch.uint8).numpy().data).hexdigest() != entry["sha256"]:
             raise DamagedArtifactError(
                 f"{file} is damaged: tensor {name} is not the one that was fetched; {remedy}"
             )
         return tensor
-
-    def parameter_count(self) -> int:
-        """Return how many numbers the model's files hold."""
-        return sum(math.prod(entry["shape"]) for entry in self.tensors.values())
 
     def byte_count(self) -> int:
         """Return the size of the files that hold the model's tensors."""

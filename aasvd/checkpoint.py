@@ -226,6 +226,14 @@ def saved_tensors(model: Any) -> dict[str, Tensor]:
     return {name: state[name] for name in sorted(state, key=_natural_key) if name not in left_out}
 
 
+def parameter_count(model: Any) -> int:
+    """Return how many numbers a checkpoint of a transformers model holds; others' files may hold more.
+
+    A tied output layer is stored twice by some, and masks and frequencies that models make by themselves.
+    """
+    return sum(tensor.numel() for tensor in saved_tensors(model).values())
+
+
 def counts(folder: Path, linears: Sequence[str]) -> dict[str, int]:
     """Count what a checkpoint stores, dense or compressed, from its headers.
 

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from architectures import SIZES, TINY, tiny_config, tiny_model
+from safetensors.torch import load_file, save_file
 from stored import CPU, TOKENS, WIDTH, Stored, describe, random_tokens, store
 from torch import Tensor, nn
 from transformers import GPT2Config, PreTrainedModel
@@ -166,6 +167,19 @@ def test_files_of_the_base_model_do_too(tmp_path: Path, stored_with_prefix: bool
     )
     hidden = next(embed(source, parts, [random_tokens(2)], dtype=torch.float32))
     assert float(hidden.std()) > 0.01
+
+
+def test_files_with_tensors_of_no_parameter_are_read(tmp_path: Path) -> None:
+    """Old GPT-NeoX files hold masks and the number that stands for minus infinity."""
+    tiny_model("gpt_neox").save_pretrained(tmp_path / "dense")
+    file = tmp_path / "dense" / "model.safetensors"
+    extra = {
+        "gpt_neox.layers.0.attention.masked_bias": torch.tensor(-1e9),
+        "gpt_neox.layers.0.attention.bias": torch.ones(1, 1, 8, 8, dtype=torch.bool).tril(),
+    }
+    save_file({**load_file(file), **extra}, file, metadata={"format": "pt"})
+    source = Source(describe(tmp_path / "dense"))
+    assert all(torch.equal(source.read(name), tensor) for name, tensor in extra.items())
 
 
 def test_embedding_yields_every_batch(stored: Callable[[str], Stored]) -> None:

@@ -23,6 +23,7 @@ from transformers import (
 
 from aasvd import checkpoint, weights
 from aasvd.artifacts import DamagedArtifactError
+from aasvd.blocks import skeleton
 from aasvd.formats import FORMATS
 from aasvd.lowrank import CompressedLinear
 from aasvd.rank import stored_bytes, stored_parameters
@@ -650,3 +651,15 @@ def test_counts_of_an_incomplete_folder(llama: Written, tmp_path: Path) -> None:
         checkpoint.counts(tmp_path, [])
     with pytest.raises(ValueError, match="no weight of the linear other"):
         checkpoint.counts(llama.folder, [*llama.linears, "other"])
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_numbers_of_a_model_are_counted_once_whatever_its_files_hold(tmp_path: Path, name: str) -> None:
+    model = tiny_model(name)
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    masks = {"model.layers.0.attention.bias": torch.ones(1, 1, 64, 64, dtype=torch.bool)}
+    head = {"lm_head.weight": model.get_output_embeddings().weight.detach().clone()}
+    save_file({**load_file(file), **masks, **head}, file, metadata={"format": "pt"})
+    expected = sum(parameter.numel() for parameter in model.parameters())
+    assert checkpoint.parameter_count(skeleton(tmp_path).model) == expected

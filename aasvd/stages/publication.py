@@ -42,6 +42,7 @@ def publish(
     with stage(f"publish {run.name}", log=Path(log), record=None, advice=PASSES):
         folder = Path(checksums).parent
         checkpoint.verify(folder)
+        dense_source = blocks.Source(Path(source))
         described = read_json(Path(outline))
         shapes = described["linears"]
         stored = checkpoint.counts(folder, list(shapes))
@@ -60,11 +61,11 @@ def publish(
             "refined": run.settings["refinement"]["epochs"] > 0,
             "ratio": {"target": run.ratio, "achieved": stored["linears"] / before},
             "parameters": {
-                "dense": blocks.Source(Path(source)).parameter_count(),
+                "dense": checkpoint.parameter_count(blocks.skeleton(dense_source.folder).model),
                 "compressed": stored["model"],
                 "linears": {"dense": before, "compressed": stored["linears"]},
             },
-            "bytes": {"dense": blocks.Source(Path(source)).byte_count(), "compressed": stored["bytes"]},
+            "bytes": {"dense": dense_source.byte_count(), "compressed": stored["bytes"]},
             **results.side_by_side(*measured),
             "evaluation": run.settings["evaluation"],
             "seconds": _seconds(everything),
