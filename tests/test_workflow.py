@@ -490,6 +490,16 @@ def test_rules_are_short_and_say_what_they_do() -> None:
     assert len((ROOT / "workflow" / "rules" / "common.smk").read_text().splitlines()) <= 100
 
 
+def test_a_cluster_job_is_given_its_gpu_once() -> None:
+    """SLURM's plugin refuses a job with both `gpu` and `gres`."""
+    on_gpu = {name for name, lines in rules() if "        gpu=1," in lines}
+    assert {"capture_block", "solve_block", "refine_block", "perplexity", "memory"} <= on_gpu
+    profile = yaml.safe_load((ROOT / "profiles" / "slurm" / "profile.yaml").read_text())
+    everywhere = profile["default-resources"]
+    own = profile.get("set-resources", {})
+    assert not [name for name in on_gpu if "gres" in {**everywhere, **own.get(name, {})}]
+
+
 def test_lint_finds_nothing_serious(finished_copy: Copy) -> None:
     text = finished_copy.run("snakemake", "--lint").text
     findings = re.findall(r"^ +\* (.*)", text, re.MULTILINE)
