@@ -11,8 +11,9 @@ import pytest
 import torch
 from architectures import TINY, tiny_model
 from safetensors.torch import load_file
-from stored import TOKENS, random_tokens
-from transformers import AutoModelForCausalLM
+from stored import TOKENS, describe, random_tokens
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from workflow_copy import trained_tokenizer
 
 from aasvd import calibration, checkpoint, evaluate, provenance, sources, stages
 from aasvd.artifacts import (
@@ -483,7 +484,7 @@ def test_a_measurement_names_its_failure_and_forgets_it_once_it_works(
 ) -> None:
     text, output = tmp_path / "texts" / "notes" / "key" / "test.parquet", tmp_path / "perplexity_notes.json"
     monkeypatch.setattr(evaluation, "model_folder", lambda model: tmp_path)
-    monkeypatch.setattr(evaluation, "load_model", lambda folder, settings: (None, None))
+    monkeypatch.setattr(evaluation, "load_model", lambda folder, settings: (tiny_model("llama"), None))
     monkeypatch.setattr(evaluate, "windows", lambda text, tokenizer, **_: text)
     found: list[Any] = [evaluate.NonFiniteLossError("3 of 8 windows"), {"perplexity": 9.0}]
 
@@ -506,6 +507,36 @@ def test_a_measurement_names_its_failure_and_forgets_it_once_it_works(
         assert failure_file(output).exists() == (error is not None)
         write_table(text, pa.table({"text": ["some words"]}))
     assert record["measurement"] == {"perplexity": 9.0}
+
+
+@pytest.mark.parametrize("name", ["opt", "llama"])  # learned and rotary positions
+def test_sequences_longer_than_the_model_has_positions_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """The tiny models have 128."""
+    tiny_model(name).save_pretrained(tmp_path / "dense")
+    words = trained_tokenizer(["some words"])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
+    tokenizer.save_pretrained(tmp_path / "dense")
+    text = tmp_path / "texts" / "notes" / "key" / "test.parquet"
+    write_table(text, pa.table({"text": ["a" * 5000]}))
+    sampled: dict[str, Any] = {
+        "source": str(describe(tmp_path / "dense")), "text": str(text), "seed": 0,
+        "output": str(tmp_path / "tokens.parquet"), "log": str(tmp_path / "log"),
+    }  # fmt: skip
+    settings = {"sequences": 2, "tokens": 129, "sampling": "random"}
+    with pytest.raises(stages.StageError, match=r"calibration\.tokens is 129, but the model has 128"):
+        stages.sample_calibration(settings=settings, **sampled)
+    measured: dict[str, Any] = {
+        "model": str(tmp_path / "source.json"), "text": str(text), "output": str(tmp_path / "p.json"),
+        "calibration": CALIBRATION, "log": str(tmp_path / "log"),
+    }  # fmt: skip
+    stages.evaluate_perplexity(settings={"window": 129, "windows": 2}, **measured)
+    assert "evaluation.window is 129, but the model has 128" in read_json(tmp_path / "p.json")["error"]
+    # As many as it has are well.
+    stages.sample_calibration(settings=settings | {"tokens": 128}, **sampled)
+    stages.evaluate_perplexity(settings={"window": 128, "windows": 2}, **measured)
+    assert read_json(tmp_path / "p.json")["measurement"]["windows"] == 2
 
 
 def test_a_damaged_text_is_no_failure_of_its_measurement_alone(tmp_path: Path) -> None:

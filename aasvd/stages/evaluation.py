@@ -10,7 +10,7 @@ import torch
 from aasvd import evaluate, layers, memory, sources
 from aasvd.artifacts import Activations, mark_failure, read_table, read_tensors
 from aasvd.device import compute_device, compute_dtype, release_memory
-from aasvd.stages.loading import Block, load_model, model_folder
+from aasvd.stages.loading import Block, load_model, model_folder, too_long
 from aasvd.stages.stage import PASSES, report_failure, stage
 
 
@@ -30,6 +30,8 @@ def evaluate_perplexity(
         network, tokenizer = load_model(model_folder(model), calibration)
         joined = sources.document_text(_evaluated_table(text))
         tokens = evaluate.windows(joined, tokenizer, window=settings["window"], windows=settings["windows"])
+        if reason := too_long(settings["window"], network.config, setting="evaluation.window"):
+            raise evaluate.MeasurementError(reason)
         return evaluate.perplexity(network, tokens, progress=f"perplexity {name}")
 
     _measure(f"perplexity {name}", measure, output=output, advice="lower evaluation.window", log=log)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from aasvd import blocks, checkpoint, compress, formats, objectives, progress
 from aasvd.artifacts import Activations, read_json, read_tensors, writing_activations
@@ -161,3 +161,14 @@ def model_folder(model: str) -> Path:
     for name in source.tensors:
         source.read(name)
     return source.folder
+
+
+def too_long(tokens: int, config: PreTrainedConfig, *, setting: str) -> str | None:
+    """Return why a model cannot read sequences of a length, or None where it can.
+
+    Learned positions end there; rotary ones do not, but the model was never trained behind it.
+    """
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if limit is None or tokens <= limit:
+        return None
+    return f"{setting} is {tokens}, but the model has {limit} positions (max_position_embeddings): lower it"

@@ -11,7 +11,7 @@ from aasvd import blocks, calibration, compress, gradients
 from aasvd.artifacts import Activations, read_table, write_tensors, writing_activations
 from aasvd.covariance import pack
 from aasvd.device import compute_device, compute_dtype
-from aasvd.stages.loading import Block
+from aasvd.stages.loading import Block, too_long
 from aasvd.stages.stage import PASSES, stage
 
 
@@ -21,6 +21,9 @@ def sample_calibration(
     """Sample calibration tokens from a text."""
     with stage("sample calibration", log=Path(log), record=None, advice=PASSES):
         folder = blocks.Source(Path(source)).folder
+        config = AutoConfig.from_pretrained(folder)
+        if reason := too_long(settings["tokens"], config, setting="calibration.tokens"):
+            raise ValueError(reason)
         tokens = calibration.sample(
             read_table(Path(text)),
             AutoTokenizer.from_pretrained(folder),
@@ -28,7 +31,7 @@ def sample_calibration(
             tokens=settings["tokens"],
             sampling=settings["sampling"],
             seed=seed,
-            vocabulary=AutoConfig.from_pretrained(folder).get_text_config().vocab_size,
+            vocabulary=config.get_text_config().vocab_size,
         )
         calibration.write_tokens(Path(output), tokens)
 
