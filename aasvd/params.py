@@ -123,6 +123,11 @@ def validate(config: Config) -> None:
 
 class Comparison(NamedTuple):
     """One table: a model's runs, by method, variant and ratio."""
+            if "keep_activations" in overrides.get("calibration", {}):
+                raise ValueError(
+                    f"params.yaml: {kind}.{name}.calibration.keep_activations: runs share activations, "
+                    "so only calibration.keep_activations itself says whether they are kept"
+                )
 
     model: str
     ratios: list[float]

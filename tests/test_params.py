@@ -182,6 +182,10 @@ def test_the_default_run_takes_model_and_ratio_from_params_and_shares_the_named_
             {"variants": {"half": {"compression": {"ratio": 0.5}}}},
             r"variants\.half\.compression\.ratio: .*name",
         ),
+        (
+            {"variants": {"lean": {"calibration": {"keep_activations": False}}}},
+            r"variants\.lean\.calibration\.keep_activations: runs share",
+        ),
         ({"runs": ["default_paper"]}, r"runs\.0: 'default_paper' does not match"),
     ],
 )
