@@ -10,7 +10,9 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +33,32 @@ _SAFETENSORS_NAMES = {
 }
 
 
+# Snakemake's options for other settings than those of params.yaml; words up to the next option are theirs.
+_SETTINGS = ("--configfile", "--configfiles", "--config", "-C")
+
+
 class DamagedArtifactError(ValueError):
     """An artifact is missing, cut short or altered; the message names it and the command that remakes it."""
 
 
 def remake_command(path: Path) -> str:
-    """Return the command that makes one artifact again."""
-    return f"snakemake --cores 1 --resources gpu=1 --force {path}"
+    """Return the command that makes one artifact again, with the settings that this process was given."""
+    make = ["snakemake", "--cores", "1", "--resources", "gpu=1", "--force", str(path)]
+    return shlex.join([*make, *_given_settings(sys.argv[1:])])
+
+
+def _given_settings(words: Sequence[str]) -> list[str]:
+    """Return the words of a command line that lay other settings over params.yaml."""
+    given: list[str] = []
+    belongs = False
+    for word in words:
+        option, attached, _ = word.partition("=")
+        if option in _SETTINGS or (belongs and not word.startswith("-")):
+            given.append(word)
+        if word.startswith("-"):
+            # A value after a "=" is the only one.
+            belongs = option in _SETTINGS and not attached
+    return given
 
 
 def sidecar(path: Path) -> Path:

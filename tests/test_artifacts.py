@@ -1,5 +1,6 @@
 import os
 import pickle
+import shlex
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from aasvd.artifacts import (
     read_json,
     read_table,
     read_tensors,
+    remake_command,
     sidecar,
     write_json,
     write_table,
@@ -364,3 +366,22 @@ def test_pickled_bytes_under_any_name_are_not_run(tmp_path: Path, kind: str) -> 
     assert not mark.exists()
     pickle.loads(path.read_bytes())
     assert mark.exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "settings"),
+    [
+        ("a --cores 2", ""),
+        ("--configfile more.yaml --cores 2 a", " --configfile more.yaml"),
+        ("--cores 2 --configfile=more.yaml a", " --configfile=more.yaml"),
+        ("--configfile a.yaml b.yaml -- results/x", " --configfile a.yaml b.yaml"),
+        ("-C seed=1 --quiet rules --config seed=2", " -C seed=1 --config seed=2"),
+        ("a --config 'evaluation={suite: paper}' -n", " --config 'evaluation={suite: paper}'"),
+    ],
+)
+def test_the_remaking_command_has_the_settings_of_this_run(
+    line: str, settings: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["snakemake", *shlex.split(line)])
+    command = "snakemake --cores 1 --resources gpu=1 --force results/artifacts/x.parquet"
+    assert remake_command(Path("results/artifacts/x.parquet")) == command + settings
