@@ -292,7 +292,7 @@ def main() -> None:
     names = sys.argv[1:] or list(BENCHMARKS)
     if unknown := sorted(set(names) - set(BENCHMARKS)):
         sys.exit(f"unknown benchmark {unknown[0]!r}; there are {', '.join(BENCHMARKS)}")
-    config = yaml.safe_load((REPOSITORY / "params.yaml").read_text())
+    config = params.load(REPOSITORY / "params.yaml")
     dense = dense_model(config)
     result = {
         "threads": torch.get_num_threads(),

@@ -29,6 +29,8 @@ ARTIFACTS = Path("results") / "artifacts"
 DEFAULT = "default"  # the run whose model and ratio are those of params.yaml
 RUN = re.compile(r"(?P<model>.+)_r(?P<ratio>[0-9.]+)(?P<parts>(?:_[A-Za-z0-9-]+){,2})")
 
+_POWER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")  # a number that YAML 1.1 may take for a string
+
 # Raised when a stage's output would change for the same parameters; part of every key below it.
 VERSIONS = {
     "model": 1,
@@ -67,17 +69,26 @@ class Run(NamedTuple):
     settings: dict[str, Any]
 
 
-def read_strings(config: dict[str, Any]) -> None:
-    """Read the values inside a mapping given to `--config`, which Snakemake leaves as strings, as YAML.
+def load(path: Path) -> dict[str, Any]:
+    """Read a params.yaml with numbers as Snakemake's side of the pipeline has them, not yet validated."""
+    config = yaml.safe_load(path.read_text())
+    read_strings(config)
+    return config
 
-    Only what the schema says cannot be a string changes, in place: `evaluation={limit: 500}` gives a number.
+
+def read_strings(config: dict[str, Any]) -> None:
+    """Read strings that the schema says cannot be any, in place.
+
+    Snakemake leaves the values inside a mapping given to `--config` as strings: they are read as YAML, so
+    that `evaluation={limit: 500}` gives a number. YAML itself takes 1e-4, without a point, for a string.
     """
     for error in list(_validator().iter_errors(config)):
         if error.validator == "type" and isinstance(error.instance, str) and error.absolute_path:
             *parents, name = error.absolute_path
-            functools.reduce(lambda part, key: part[key], parents, config)[name] = yaml.safe_load(
-                error.instance
-            )
+            value = yaml.safe_load(error.instance)
+            if error.validator_value == "number" and isinstance(value, str) and _POWER.fullmatch(value):
+                value = float(value)
+            functools.reduce(lambda part, key: part[key], parents, config)[name] = value
 
 
 @functools.cache
@@ -112,6 +123,11 @@ def validate(config: Config) -> None:
                 raise ValueError(
                     f"params.yaml: {kind}.{name}.compression.ratio: the ratio is part of a run's name"
                 )
+            if "keep_activations" in overrides.get("calibration", {}):
+                raise ValueError(
+                    f"params.yaml: {kind}.{name}.calibration.keep_activations: runs share activations, "
+                    "so only calibration.keep_activations itself says whether they are kept"
+                )
     if twice := sorted(set(config["methods"]) & set(config["variants"])):
         raise ValueError(f"params.yaml: {twice[0]} is both a method and a variant; rename one")
     for name in config["runs"]:
@@ -123,11 +139,6 @@ def validate(config: Config) -> None:
 
 class Comparison(NamedTuple):
     """One table: a model's runs, by method, variant and ratio."""
-            if "keep_activations" in overrides.get("calibration", {}):
-                raise ValueError(
-                    f"params.yaml: {kind}.{name}.calibration.keep_activations: runs share activations, "
-                    "so only calibration.keep_activations itself says whether they are kept"
-                )
 
     model: str
     ratios: list[float]

@@ -4,8 +4,6 @@ import shutil
 import sys
 from pathlib import Path
 
-import yaml
-
 from aasvd import params
 
 
@@ -47,7 +45,7 @@ def _is_run(config: params.Config, name: str) -> bool:
 
 def main() -> None:
     """Print stale folders and their sizes; with `--remove`, delete them."""
-    config = yaml.safe_load(Path("params.yaml").read_text())
+    config = params.load(Path("params.yaml"))
     params.validate(config)
     found = stale(config)
     for folder in found:

@@ -4,8 +4,6 @@ import logging
 import os
 from pathlib import Path
 
-import yaml
-
 from aasvd import params
 
 _logger = logging.getLogger(__name__)
@@ -40,7 +38,7 @@ def commit() -> list[str]:
     # Imported here: DVC takes a second, and only finished runs need it.
     from dvc.repo import Repo
 
-    config = yaml.safe_load(Path("params.yaml").read_text())
+    config = params.load(Path("params.yaml"))
     phases = finished_phases(config)
     published = [
         f"publish@{name}"

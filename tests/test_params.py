@@ -377,6 +377,33 @@ def test_values_inside_a_mapping_on_the_command_line_are_read_as_yaml(local: Con
     assert local["model"] == "123"
 
 
+@pytest.mark.parametrize(
+    ("text", "number"), [("1e-4", 1e-4), ("2E+1", 20.0), ("+5.e-3", 5e-3), (".5e1", 5.0), ("3.0e-4", 3e-4)]
+)
+def test_a_number_with_an_exponent_needs_no_point(
+    local: Config, tmp_path: Path, text: str, number: float
+) -> None:
+    """PyYAML takes some of these for strings, but 3.0e-4 not."""
+    local["variants"]["wild"] = {"refinement": {"learning_rate": number}}
+    local["refinement"]["learning_rate"] = number
+    written = yaml.safe_dump(local)
+    assert written.count(f"learning_rate: {number}\n") >= 2
+    (tmp_path / "params.yaml").write_text(
+        written.replace(f"learning_rate: {number}\n", f"learning_rate: {text}\n")
+    )
+    found = params.load(tmp_path / "params.yaml")
+    params.validate(found)
+    assert where(paths(found, "mine_r0.6_wild")) == where(paths(local, "mine_r0.6_wild"))
+    assert found["refinement"]["learning_rate"] == number
+
+
+def test_an_integer_is_not_written_with_an_exponent(local: Config) -> None:
+    local["calibration"]["sequences"] = "1e2"
+    params.read_strings(local)
+    with pytest.raises(ValueError, match=r"calibration\.sequences: '1e2' is not of type 'integer'"):
+        params.validate(local)
+
+
 def test_methods_that_do_the_same_share_their_artifacts(local: Config) -> None:
     compression = {"objective": "input_aware", "allocation": "uniform", "storage": "factors"}
     local["variants"]["plain"] = {"compression": compression, "refinement": {"epochs": 0}}

@@ -74,6 +74,14 @@ def test_an_unfinished_phase_is_not_recorded_nor_anything_published(
     assert versioning.commit() == [name for name in params.PHASES if name != phase]
 
 
+def test_numbers_are_read_as_the_run_read_them(config: dict[str, Any]) -> None:
+    """YAML takes 2e-3 for a string."""
+    text = Path("params.yaml").read_text()
+    assert config["refinement"]["learning_rate"] == 0.002
+    Path("params.yaml").write_text(text.replace("learning_rate: 0.002\n", "learning_rate: 2e-3\n"))
+    assert versioning.commit() == [*params.PHASES, f"publish@{RUN}"]
+
+
 def test_a_run_published_from_other_parameters_is_not_recorded(config: dict[str, Any]) -> None:
     write_json(Path(f"results/{RUN}/eval.json"), {"provenance": {"keys": {}}})
     assert versioning.commit() == list(params.PHASES)
