@@ -107,7 +107,9 @@ def plan(
     dense = read_json(source)
     folder = source.parent / dense["folder"]
     linears = sum(rows * columns for rows, columns in read_json(outline)["linears"].values())
-    parameters = sum(math.prod(tensor["shape"]) for tensor in dense["tensors"].values())
+    # Old files also hold masks, which are no weights.
+    floats = [tensor for tensor in dense["tensors"].values() if tensor["dtype"].startswith(("F", "BF"))]
+    parameters = sum(math.prod(tensor["shape"]) for tensor in floats)
     needs = estimate(folder, linears=linears, parameters=parameters, context=context)
     fitting = [needs.ratio(size) for size in budgets]
     compressed = [ratio for ratio in fitting if ratio is not None and ratio < 1]

@@ -3,9 +3,13 @@ from pathlib import Path
 import pytest
 import torch
 from architectures import TINY, linears, tiny_model
+from safetensors.torch import load_file, save_file
 from stored import store
+from workflow_copy import ROOT
 
-from aasvd.memory import Estimate, estimate
+from aasvd import params, sources
+from aasvd.artifacts import write_json
+from aasvd.memory import Estimate, estimate, plan
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -29,3 +33,18 @@ def test_ratio_is_the_largest_that_fits() -> None:
     assert needs.ratio(1200) == needs.ratio(10**9) == 1.0
     assert needs.ratio(1199) == 0.99
     assert needs.ratio(249) is None and needs.ratio(0) is None
+
+
+def test_masks_in_the_files_are_no_weights(tmp_path: Path) -> None:
+    model = tiny_model("gpt_neox")
+    model.save_pretrained(tmp_path / "dense")
+    file = tmp_path / "dense" / "model.safetensors"
+    masks = {"gpt_neox.layers.0.attention.bias": torch.ones(1, 1, 64, 64, dtype=torch.bool)}
+    save_file({**load_file(file), **masks}, file, metadata={"format": "pt"})
+    config = params.load(ROOT / "params.yaml")
+    config["models"]["mine"] = {"path": str(tmp_path / "dense")}
+    source, outline = tmp_path / "source.json", tmp_path / "outline.json"
+    sources.fetch_model(config["models"]["mine"], output=source, cache=tmp_path)
+    write_json(outline, {"linears": {name: list(m.weight.shape) for name, m in linears(model).items()}})
+    (entry,) = plan(config, model="mine", source=source, outline=outline, budgets=[1e9], context=8)
+    assert entry["linears"] + entry["rest"] == 2 * sum(p.numel() for p in model.parameters())
