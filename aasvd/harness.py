@@ -7,6 +7,7 @@ batch share the length of what is cached, so that positions are what the model i
 Imports lm-eval, which takes seconds: import it where it is used.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -115,6 +116,9 @@ class SharedPrefixLM(HFLM):
                 model is cut on the left, as lm-eval does.
             disable_tqdm: Show no progress bar.
             override_bs: Requests per forward pass, instead of the wrapper's own number.
+
+        Raises:
+            ValueError: If log likelihoods are infinite or not a number; counts them.
         """
         size = override_bs or self.batch_size
         known = [self._request(number, *tokens) for number, (_, *tokens) in enumerate(requests)]
@@ -125,6 +129,9 @@ class SharedPrefixLM(HFLM):
                 scored = self._score(batch)
                 found |= scored
                 bar.update(len(scored))
+        # Comparisons with nan are false: the first answer of each question would win, at a plausible accuracy.
+        if broken := sum(not math.isfinite(likelihood) for likelihood, _ in found.values()):
+            raise ValueError(f"{broken} of {len(known)} requests have a log likelihood that is not finite")
         return [found[number] for number in range(len(known))]
 
     def _request(self, number: int, context: list[int], continuation: list[int]) -> Request:

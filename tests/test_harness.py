@@ -98,6 +98,19 @@ def test_a_question_is_run_once_and_the_head_sees_answers_only(tokenizer: PreTra
     assert heads == [2]
 
 
+def test_likelihoods_that_are_not_finite_are_counted_and_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.get_input_embeddings().weight[7] = float("nan")
+    context = list(range(10, 22))
+    asked: list[tuple[Texts, list[int], list[int]]] = [
+        (("", ""), context, end) for end in ([3, 4], [7, 4], [4, 7], [5])
+    ]
+    # The model reads 7 in the second only: a last token is only predicted.
+    with pytest.raises(ValueError, match="1 of 4 requests have a log likelihood that is not finite"):
+        wrapper(SharedPrefixLM, model, tokenizer)._loglikelihood_tokens(asked, True)
+
+
 def as_request(number: int, context: list[int], continuation: list[int]) -> Request:
     return Request(number, [*context, *continuation][:-1], continuation)
 
