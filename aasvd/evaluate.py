@@ -8,12 +8,13 @@ import json
 import math
 import random
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 from torch.nn import functional
 
@@ -208,12 +209,13 @@ def accuracy(
         batch_size: Requests per forward pass.
 
     Returns:
-        `acc`, `stderr` (of acc), `count`, `lm_eval_version`, `task_version`, and where the task has it
-        `acc_norm` (by length in bytes) and `acc_norm_stderr`.
+        `acc`, `stderr` (of acc; None for a single row), `count`, `lm_eval_version`, `task_version`, and where
+        the task has it `acc_norm` (by length in bytes) and `acc_norm_stderr`.
 
     Raises:
         SourceError: If the task is unknown.
-        MeasurementError: If the task has no accuracy, or lm-eval cannot run it.
+        MeasurementError: If the task has no accuracy, lm-eval cannot run it or would misread its rows, or
+            the model's likelihoods are not finite.
         ValueError: If an argument is out of range.
         DamagedArtifactError: If `rows` is missing or damaged.
     """
@@ -242,9 +244,15 @@ def accuracy(
         manager = TaskManager(include_defaults=False)
         try:
             loaded = _loaded_task(path, task_manager=manager)
+            for scored in loaded["tasks"].values():
+                _check_task(scored, limit=limit)
             results = lm_eval.evaluate(lm=wrapped, task_dict=loaded, limit=limit or None, log_samples=False)
-        # What a task's own code raises where its rows have other columns or it lacks a package.
-        except (ValueError, LookupError, TypeError, OSError, ImportError) as error:
+        except MeasurementError:
+            raise
+        # What a task's own code and templates raise where its rows have other columns, or it lacks a package.
+        except (
+            ValueError, LookupError, TypeError, AttributeError, OSError, ImportError, TemplateError,
+        ) as error:  # fmt: skip
             raise MeasurementError(
                 f"lm-eval cannot run task {task}: {type(error).__name__}: {error}"
             ) from error
@@ -264,6 +272,50 @@ def _loaded_task(path: Path, *, task_manager: Any) -> Any:
         task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=1234)
     return loaded
+
+
+def _check_task(task: Any, *, limit: int) -> None:
+    """Refuse a loaded task that has no accuracy, or that would misread its rows without a word.
+
+    A task that generates would take hours before that shows. And lm-eval takes the name of a column that is
+    not there for a text, and a right answer that is none of the choices, such as -1 where labels are hidden,
+    for one that no model finds.
+
+    Args:
+        task: lm-eval's task.
+        limit: Number of rows scored, from the first on; 0 for all.
+
+    Raises:
+        MeasurementError: Names the metrics or the column, or counts the rows.
+    """
+    name, metrics = task.task_name, sorted(task.aggregation())
+    if "acc" not in metrics:
+        raise MeasurementError(f"lm-eval task {name} measures {', '.join(metrics)}, not accuracy")
+    for key in ("doc_to_text", "doc_to_target"):
+        column = task.get_config(key)
+        if isinstance(column, str) and column.isidentifier() and column not in task.features:
+            raise MeasurementError(
+                f"lm-eval task {name} reads column {column}, but its rows have {', '.join(task.features)}"
+            )
+    if task.OUTPUT_TYPE != "multiple_choice":
+        return  # the right answer is then what has to follow, whatever it is
+    answer = task.doc_to_text if task.multiple_input else task.doc_to_target
+    rows = list(task.doc_iterator(limit=limit))
+    wrong = [number for number, row in rows if not _is_choice(answer(row), task.doc_to_choice(row))]
+    if wrong:
+        raise MeasurementError(
+            f"lm-eval task {name}: the right answer is none of the choices in {len(wrong)} of {len(rows)} "
+            f"rows, first {answer(rows[wrong[0]][1])!r} in row {wrong[0]}"
+        )
+
+
+def _is_choice(answer: Any, choices: Sequence[Any]) -> bool:
+    """Return whether an answer as lm-eval takes it, an index or a text or several, is among the choices."""
+    if isinstance(answer, list):
+        return any(_is_choice(one, choices) for one in answer)
+    if isinstance(answer, str):
+        return answer in choices
+    return isinstance(answer, int | float) and 0 <= answer < len(choices)
 
 
 def _local_task(definition: TaskDefinition, rows: Path, *, folder: Path) -> Path:
@@ -291,16 +343,21 @@ def _accuracy_record(results: Mapping[str, Any], *, task: str) -> dict[str, Any]
     """Pick one task's numbers from lm-eval's results."""
     found = results["results"][task]
     if "acc,none" not in found:
-        metrics = sorted(key.partition(",")[0] for key in found if "," in key and "stderr" not in key)
-        raise MeasurementError(f"lm-eval task {task} measures {', '.join(metrics)}, not accuracy")
+        metrics = sorted(key for key in found if "," in key and "stderr" not in key)
+        raise MeasurementError(f"lm-eval task {task} gave {' and '.join(metrics)}, not acc,none")
     record = {
         "acc": float(found["acc,none"]),
-        "stderr": float(found["acc_stderr,none"]),
+        "stderr": _standard_error(found["acc_stderr,none"]),
         "count": int(results["n-samples"][task]["effective"]),
         "lm_eval_version": importlib.metadata.version("lm_eval"),
         "task_version": results["versions"].get(task),
     }
     if "acc_norm,none" in found:
         record["acc_norm"] = float(found["acc_norm,none"])
-        record["acc_norm_stderr"] = float(found["acc_norm_stderr,none"])
+        record["acc_norm_stderr"] = _standard_error(found["acc_norm_stderr,none"])
     return record
+
+
+def _standard_error(value: float | str) -> float | None:
+    """Return a standard error; None where lm-eval has none, as for a single row."""
+    return None if isinstance(value, str) else float(value)

@@ -129,7 +129,7 @@ class SharedPrefixLM(HFLM):
                 scored = self._score(batch)
                 found |= scored
                 bar.update(len(scored))
-        # Comparisons with nan are false: the first answer of each question would win, at a plausible accuracy.
+        # Comparisons with nan are false: the first answer would always win, at a plausible accuracy.
         if broken := sum(not math.isfinite(likelihood) for likelihood, _ in found.values()):
             raise ValueError(f"{broken} of {len(known)} requests have a log likelihood that is not finite")
         return [found[number] for number in range(len(known))]

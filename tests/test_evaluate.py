@@ -233,7 +233,61 @@ def test_accuracy_refuses_what_it_cannot_measure(piqa: Path, tokenizer: Any) -> 
         evaluate.accuracy(_model(), tokenizer, **settings)
 
 
-def test_a_task_without_accuracy_says_what_it_measures() -> None:
-    results = {"results": {"wikitext": {"alias": "wikitext", "word_perplexity,none": 3.0}}}
-    with pytest.raises(ValueError, match="measures word_perplexity, not accuracy"):
-        evaluate._accuracy_record(results, task="wikitext")
+def _rows(folder: Path, *rows: dict[str, Any]) -> Path:
+    write_table(folder / "rows.parquet", pa.Table.from_pylist(list(rows)))
+    return folder / "rows.parquet"
+
+
+QUESTION = {"goal": "open the jar", "sol1": "turn the lid", "sol2": "push the door"}
+COPA = {"premise": None, "question": "cause", "choice1": "a", "choice2": "b", "label": 0}
+GENERATED = {"question": "how many jars", "answer": "#### 3"}
+
+
+@pytest.mark.parametrize(
+    ("task", "row", "message"),
+    [
+        ("piqa", {"instruction": "open", "answer": "lid"}, "UndefinedError: 'goal' is undefined"),
+        ("copa", COPA, "AttributeError: 'NoneType' object has no attribute 'strip'"),
+        ("piqa", QUESTION, "reads column label, but its rows have goal, sol1, sol2"),
+        ("piqa", QUESTION | {"label": -1}, "none of the choices in 2 of 2 rows, first -1 in row 0"),
+        ("piqa", QUESTION | {"label": None}, "none of the choices in 2 of 2 rows, first None in row 0"),
+        ("gsm8k", GENERATED, "measures exact_match, not accuracy"),
+    ],
+)
+def test_rows_that_a_task_would_misread_and_metrics_it_lacks_fail_it_alone(
+    task: str, row: dict[str, Any], message: str, tmp_path: Path, tokenizer: Any
+) -> None:
+    model = _model(max_position_embeddings=128)
+    model.register_forward_hook(lambda *_: pytest.fail("the model was run"))
+    rows = _rows(tmp_path, row, row, row | {"label": 0})
+    with pytest.raises(evaluate.MeasurementError, match=message):
+        evaluate.accuracy(model, tokenizer, task=task, rows=rows, limit=2, batch_size=2)
+
+
+def test_a_broken_model_has_no_accuracy(piqa: Path, tokenizer: Any) -> None:
+    model = _model(max_position_embeddings=128)
+    with torch.no_grad():
+        model.lm_head.weight.fill_(float("nan"))
+    with pytest.raises(evaluate.MeasurementError, match="10 of 10 requests have a log likelihood that is"):
+        evaluate.accuracy(model, tokenizer, task="piqa", rows=piqa, limit=0, batch_size=2)
+
+
+def test_one_row_has_no_standard_error(piqa: Path, tokenizer: Any) -> None:
+    model = _model(max_position_embeddings=128)
+    found = evaluate.accuracy(model, tokenizer, task="piqa", rows=piqa, limit=1, batch_size=2)
+    assert found["acc"] in (0.0, 1.0) and found["count"] == 1
+    assert found["stderr"] is None and found["acc_norm_stderr"] is None
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [(1, True), (2, False), (-1, False), (None, False), ("b", True), ("label", False), ([-1, 0], True)],
+)
+def test_an_answer_is_an_index_or_a_choice_or_several(answer: Any, expected: bool) -> None:
+    assert evaluate._is_choice(answer, ["a", "b"]) == expected
+
+
+def test_accuracy_under_another_filter_is_named() -> None:
+    results = {"results": {"made_up": {"alias": "made_up", "acc,strict": 0.3, "acc_stderr,strict": 0.1}}}
+    with pytest.raises(ValueError, match="gave acc,strict, not acc,none"):
+        evaluate._accuracy_record(results, task="made_up")
