@@ -30,9 +30,10 @@ class Run(NamedTuple):
 
     @property
     def label(self) -> str:
-        """Method, and the variant where there is one."""
-        variant = self.facts["variant"]
-        return self.facts["method"] + (f" ({variant})" if variant else "")
+        """Method, and the variant where there is one; a run may be named after its method too."""
+        method, parts = self.facts["method"], self.facts["variant"].split("_")
+        variant = "_".join(parts[1:] if parts[0] == method else parts)
+        return method + (f" ({variant})" if variant else "")
 
     @property
     def ratio(self) -> float:

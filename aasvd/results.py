@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 
 from aasvd.artifacts import read_json
+from aasvd.params import RUN
 
 _logger = logging.getLogger(__name__)
 
@@ -153,8 +154,9 @@ def blocks(records: Iterable[Mapping[str, Any]]) -> list[dict[str, float]]:
 
 def rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return one row per metric of a run's eval.json; metrics that failed have none."""
-    # Of a published name the part behind the ratio; the default run has none.
-    variant = result["run"].partition("_r")[2].partition("_")[2]
+    # Of a published name the part behind the ratio, whatever the model is called; the default run has none.
+    named = RUN.fullmatch(result["run"])
+    variant = named["parts"].removeprefix("_") if named else ""
     common = {
         "run": result["run"],
         "model": result["model"],

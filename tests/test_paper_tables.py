@@ -50,6 +50,17 @@ def test_main_table_has_dense_then_every_run_by_ratio(runs: str, tmp_path: Path)
     assert rows[1][2:] == ["0.7990", "60.0", "50.0", "55.0", "21.4"]
 
 
+@pytest.mark.parametrize(
+    ("method", "variant", "label"),
+    [
+        ("aasvd", "", "aasvd"), ("aasvd", "norefine", "aasvd (norefine)"), ("svd", "svd", "svd"),
+        ("svd", "svd_refine", "svd (refine)"), ("svd", "svd-like_few", "svd (svd-like_few)"),
+    ],
+)  # fmt: skip
+def test_a_label_says_the_method_once(method: str, variant: str, label: str) -> None:
+    assert paper.Run({"method": method, "variant": variant}, {}).label == label
+
+
 def test_pruning_table_leaves_out_variants_of_our_own(runs: str, tmp_path: Path) -> None:
     output = tmp_path / "pruning.md"
     paper.pruning(runs=runs, model="m", ratios=[0.6], outputs=[str(output)])

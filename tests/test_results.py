@@ -87,6 +87,19 @@ def test_table_has_a_row_per_run_and_metric(tmp_path: Path) -> None:
     assert "acc mathqa" not in metrics and "perplexity ptb" not in metrics  # they failed
 
 
+@pytest.mark.parametrize(
+    ("run", "variant"),
+    [
+        ("tiny_random_r0.6", ""), ("llama_raw_r0.6_refine", "refine"),
+        ("deepseek_r1-distill_r0.6_svd_refine", "svd_refine"), ("a_r0.5_r0.6", ""), ("default", ""),
+    ],
+)  # fmt: skip
+def test_a_variant_is_what_stands_behind_the_ratio_whatever_the_model_is_called(
+    run: str, variant: str
+) -> None:
+    assert {row["variant"] for row in results.rows(result(run))} == {variant}
+
+
 def test_no_runs_give_an_empty_table(tmp_path: Path) -> None:
     assert results.table(tmp_path).num_rows == 0
     assert results.table(tmp_path).schema == results.COLUMNS
