@@ -159,6 +159,10 @@ def test_every_table_and_figure_is_a_target(another: Copy) -> None:
         assert another.path(f"results/paper/{drawing}.png").read_bytes()[:4] == b"\x89PNG"
         assert "<svg" in another.path(f"results/paper/{drawing}.svg").read_text()
 
+    # Tables and figures, which come after a run or between two of its stages, leave no run unfinished.
+    for file in another.path("results").glob("*/progress.json"):
+        assert json.loads(file.read_text())["state"] == "finished", file
+
     runs = pq.read_table(another.path("results/runs.parquet")).to_pylist()
     names = {"default", RUN, *(f"{RUN}_{variant}" for variant in ("norefine", "few", "more"))}
     assert {row["run"] for row in runs} >= names

@@ -34,4 +34,4 @@ rule compare:
     params:
         compared=comparison_of,
     run:
-        stages(wildcards).compare(**input, **output, compared=params.compared, log=log[0])
+        unwatched.compare(**input, **output, compared=params.compared, log=log[0])

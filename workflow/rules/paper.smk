@@ -73,7 +73,7 @@ rule collect_runs:
     log:
         "logs/paper/runs.log",
     run:
-        stages(wildcards).collect(output=output[0], log=log[0])
+        unwatched.collect(output=output[0], log=log[0])
 
 
 rule paper_table:
@@ -95,7 +95,7 @@ rule paper_table:
     params:
         arguments=table_arguments,
     run:
-        stages(wildcards).present(**params.arguments, runs=RUNS, outputs=output, log=log[0])
+        unwatched.present(**params.arguments, runs=RUNS, outputs=output, log=log[0])
 
 
 rule figure_depth:
@@ -114,7 +114,7 @@ rule figure_depth:
     log:
         "logs/paper/depth_{model}_r{ratio}.log",
     run:
-        stages(wildcards).present(
+        unwatched.present(
             name="depth",
             runs=RUNS,
             model=wildcards.model,
@@ -147,7 +147,7 @@ rule figure_calibration:
     params:
         sequences=sequences,
     run:
-        stages(wildcards).present(
+        unwatched.present(
             name="calibration",
             runs=RUNS,
             model=wildcards.model,
@@ -174,7 +174,7 @@ rule layer_errors:
     params:
         settings=settings_of("calibration"),
     run:
-        stages(wildcards).measure_layers(
+        unwatched.measure_layers(
             **input, output=output[0], index=int(wildcards.block), calibration=params.settings, log=log[0]
         )
 
@@ -200,7 +200,7 @@ rule figure_layers:
     log:
         "logs/paper/layers_{run}.log",
     run:
-        stages(wildcards).present(name="layers", files=input, run=wildcards.run, outputs=output, log=log[0])
+        unwatched.present(name="layers", files=input, run=wildcards.run, outputs=output, log=log[0])
 
 
 rule memory:
@@ -217,7 +217,7 @@ rule memory:
     params:
         settings=config["calibration"],
     run:
-        stages(wildcards).measure_memory(
+        unwatched.measure_memory(
             model=input.model, context=int(wildcards.context), output=output[0], calibration=params.settings, log=log[0]
         )
 
@@ -258,7 +258,7 @@ rule paper_budget:
     params:
         plan=budget_plan,
     run:
-        stages(wildcards).present(
+        unwatched.present(
             name="budget",
             runs=RUNS,
             model=wildcards.model,
