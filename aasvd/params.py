@@ -698,3 +698,15 @@ def variants_of(config: Config, allowed: Mapping[str, Iterable[str]]) -> list[st
             for section, values in overrides.items()
         )
     ]
+
+
+def pruning_methods(config: Config) -> list[str]:
+    """Return the methods that prune structures without a search of the whole model, which takes hours."""
+    pieces = {
+        name: merged(config["compression"], m.get("compression", {})) for name, m in config["methods"].items()
+    }
+    return [
+        name
+        for name, own in pieces.items()
+        if own["storage"] == "pruned" and not any(map(is_whole, ALLOCATIONS[own["allocation"]].needs))
+    ]

@@ -36,7 +36,8 @@ def made(names):
 def table_runs(wildcards):
     """The runs that a table cannot do without; other finished runs are shown too."""
     names = [f"{model}_r{ratio}" for model in wildcards.names.split("+") for ratio in wildcards.ratios.split("-")]
-    return made(names + [f"{name}_{v}" for name in names for v in variants(ABLATION) if wildcards.table == "ablation"])
+    beside = {"ablation": lambda: variants(ABLATION), "pruning": lambda: params.pruning_methods(config)}
+    return made(names + [f"{name}_{part}" for name in names for part in beside.get(wildcards.table, list)()])
 
 
 def unseen(pattern):
@@ -188,7 +189,8 @@ def layers_of_run(wildcards):
 rule figure_layers:
     """Draw the errors of attention's and the MLP's last linear and of block outputs over depth, for one run."""
     input:
-        layers_of_run,
+        files=layers_of_run,
+        published=lambda w: made([w.run]),  # it is newer where the figure shows other parameters than today's
     output:
         report(
             "results/paper/layers/{run}.png",
@@ -200,7 +202,7 @@ rule figure_layers:
     log:
         "logs/paper/layers_{run}.log",
     run:
-        unwatched.present(name="layers", files=input, run=wildcards.run, outputs=output, log=log[0])
+        unwatched.present(name="layers", files=input.files, run=wildcards.run, outputs=output, log=log[0])
 
 
 rule memory:
