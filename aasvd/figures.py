@@ -69,7 +69,8 @@ def blocks_axis(axes: Any) -> None:
 
 def _plot(axes: Any, series: Sequence[Series], *, log: bool) -> None:
     for number, line in enumerate(series):
-        axes.plot(line.x, line.y, label=line.label, **style(number))
+        if len(line.y):  # else its name would stand in the legend for nothing
+            axes.plot(line.x, line.y, label=line.label, **style(number))
     values = [value for line in series for value in line.y]
     if log and values and min(values) > 0:
         axes.set_yscale("log")
@@ -92,14 +93,14 @@ def _dense_line(axes: Any, value: float, label: str, colour: str) -> None:
 
 
 def depth(
-    series: Sequence[Series], perplexity: Mapping[str, float], *, dense: float | None, text: str, title: str,
-    outputs: Sequence[Path],
+    series: Sequence[Series], perplexity: Sequence[float | None], *, dense: float | None, text: str,
+    title: str, outputs: Sequence[Path],
 ) -> None:  # fmt: skip
     """Draw the cosine distance of block outputs over depth, and each run's perplexity beside it.
 
     Args:
-        series: Per run, the mean of 1 - cosine similarity of every block.
-        perplexity: Perplexity per run; drawn in the order and style of `series`.
+        series: Per run, the mean of 1 - cosine similarity of every block; empty where it is not known.
+        perplexity: Perplexity of the same runs; drawn in the style of `series`.
         dense: The dense model's perplexity.
         text: What perplexity was taken on.
         title: Title of the figure.
@@ -111,9 +112,12 @@ def depth(
         blocks_axis(left)
         left.set_ylabel("mean of 1 - cosine similarity")
         left.set_title("distortion of block outputs", fontsize=10)
-        shown = [(number, line.label) for number, line in enumerate(series) if line.label in perplexity]
-        for place, (number, label) in enumerate(shown):
-            value = perplexity[label]
+        shown = [
+            (number, line.label, value)
+            for number, (line, value) in enumerate(zip(series, perplexity, strict=True))
+            if value is not None
+        ]
+        for place, (number, _, value) in enumerate(shown):
             drawn = style(number)
             right.plot([value], [place], color=drawn["color"], marker=drawn["marker"], markersize=8)
             right.annotate(
@@ -122,9 +126,9 @@ def depth(
         if dense is not None:
             right.axvline(dense, color="0.4", linestyle=":", label=f"dense {dense:.4g}")
             right.legend(loc="best")
-        right.set_yticks(range(len(shown)), [label for _, label in shown])
+        right.set_yticks(range(len(shown)), [label for _, label, _ in shown])
         right.set_ylim(max(len(shown), 1) - 0.5, -0.5)
-        _log_axis_of_few_values(right, [*(perplexity[label] for _, label in shown), dense])
+        _log_axis_of_few_values(right, [*(value for _, _, value in shown), dense])
         right.set_xlabel(f"perplexity per token on {text}")
         right.set_title("of the whole model", fontsize=10)
         _legend_below(figure, left)

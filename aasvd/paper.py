@@ -332,28 +332,44 @@ def _gigabytes(count: float | None) -> str:
 # --- figures ---------------------------------------------------------------------------------------------
 
 
-def depth(*, runs: str, model: str, ratio: float, outputs: Sequence[str]) -> None:
-    """Draw the distortion of block outputs over depth, per finished run, and perplexity beside it."""
+def depth(
+    *,
+    runs: str,
+    model: str,
+    ratio: float,
+    layers: Mapping[str, Sequence[str]],
+    outputs: Sequence[str],
+) -> None:
+    """Draw the distortion of block outputs over depth, per finished run, and perplexity beside it.
+
+    Args:
+        runs: File of finished runs.
+        model: The model.
+        ratio: The ratio.
+        layers: Per run through whose blocks nothing went as it was made, the files of every block's errors.
+        outputs: Files to write.
+    """
     found = of(read_runs(runs), models=[model], ratios=[ratio])
     texts = _names(found, "perplexity")
     text = texts[0] if texts else ""
-    series = []
-    for run in found:
-        file = Path("results") / run.facts["run"] / "blocks.json"
-        if file.exists():  # a pruned model need not have the original's blocks
-            blocks = json.loads(file.read_text())
-            series.append(
-                Series(run.label, [entry["block"] for entry in blocks], [entry["cosine"] for entry in blocks])
-            )
-    perplexity = {run.label: run.value(f"perplexity {text}") for run in found}
     figures.depth(
-        series,
-        {label: value for label, value in perplexity.items() if value is not None},
+        [_distortion(run, layers.get(run.facts["run"], ())) for run in found],
+        [run.value(f"perplexity {text}") for run in found],
         dense=found[0].value(f"perplexity {text}", "dense") if found else None,
         text=text,
         title=f"{model} at ratio {ratio:g}",
         outputs=_outputs(outputs),
     )
+
+
+def _distortion(run: Run, files: Sequence[str]) -> Series:
+    """Return the cosine distance of a run's block outputs: as measured afterwards, else as published."""
+    published = Path("results") / run.facts["run"] / "blocks.json"
+    if files:
+        cosine = [read_json(Path(file))["layers"][OUTPUT]["cosine"] for file in files]
+    else:
+        cosine = [entry["cosine"] for entry in json.loads(published.read_text())]
+    return Series(run.label, range(1, len(cosine) + 1), cosine)
 
 
 def calibration(

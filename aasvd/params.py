@@ -710,3 +710,24 @@ def pruning_methods(config: Config) -> list[str]:
         for name, own in pieces.items()
         if own["storage"] == "pruned" and not any(map(is_whole, ALLOCATIONS[own["allocation"]].needs))
     ]
+
+
+def published_runs(config: Config, model: str, ratio: str) -> dict[str, Run]:
+    """Return the published runs of a model and ratio whose checkpoints are those of today's parameters.
+
+    Args:
+        config: The whole configuration.
+        model: Name in the registry.
+        ratio: The ratio as runs' names spell it.
+    """
+    found = {}
+    for run in _runs(config, model, f"r{ratio}"):
+        file = Path("results") / run.name / "eval.json"
+        if file.exists():
+            made_from = json.loads(file.read_text())["provenance"]["keys"]
+            paths = Paths(config, run)
+            if (made_from["calibration"], made_from["compression"]) == (
+                paths.calibration.name, paths.compressed.name,
+            ):  # fmt: skip
+                found[run.name] = run
+    return found

@@ -16,7 +16,7 @@ def draw(folder: Path, name: str) -> list[Path]:
     outputs = [folder / f"{name}.png", folder / f"{name}.svg"]
     shared: dict[str, Any] = {"title": "model at ratio 0.6", "outputs": outputs}
     if name == "depth":
-        figures.depth([ONE, TWO], {"aasvd": 70.0, "svd": 2e4}, dense=18.3, text="wikitext2", **shared)
+        figures.depth([ONE, TWO], [70.0, 2e4], dense=18.3, text="wikitext2", **shared)
     elif name == "sweep":
         accuracy = Series("compressed", [16, 32], [40.0, 41.0])
         dense = {"ptb": 30.0}
@@ -41,7 +41,7 @@ def test_a_figure_is_a_png_and_an_svg_with_the_same_bytes_every_time(tmp_path: P
 def test_a_figure_without_accuracy_or_dense_numbers_is_drawn(tmp_path: Path) -> None:
     outputs = [tmp_path / "sweep.svg"]
     figures.sweep([ONE], None, dense={}, dense_accuracy=None, title="", tasks="0 tasks", outputs=outputs)
-    figures.depth([], {}, dense=None, text="", title="", outputs=[tmp_path / "depth.svg"])
+    figures.depth([], [], dense=None, text="", title="", outputs=[tmp_path / "depth.svg"])
     assert all(file.stat().st_size > 1000 for file in tmp_path.iterdir())
 
 

@@ -1,5 +1,6 @@
 """The paper's tables from made-up runs."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 from test_results import result
 
 from aasvd import paper, results
-from aasvd.artifacts import write_table
+from aasvd.artifacts import write_json, write_table
 
 
 @pytest.fixture
@@ -102,3 +103,26 @@ def test_a_table_of_runs_that_do_not_exist_is_empty(runs: str, tmp_path: Path) -
         output = tmp_path / f"{name}.html"
         getattr(paper, name)(runs=runs, model="m", ratios=[0.1], outputs=[str(output)])
         assert output.exists()
+
+
+def test_depth_shows_what_was_published_or_measured_after_and_every_run_by_its_own_number(
+    runs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also of two runs that are called alike."""
+    drawn: dict[str, Any] = {}
+    monkeypatch.setattr(paper.figures, "depth", lambda *lines, **_: drawn.update(lines=lines))
+    monkeypatch.chdir(tmp_path)
+    for run, cosine in {"m_r0.6": [0.1, 0.2], "m_r0.6_norefine": [], "m_r0.6_slice": []}.items():
+        folder = tmp_path / "results" / run
+        folder.mkdir(parents=True)
+        blocks = [{"block": number, "cosine": value} for number, value in enumerate(cosine, start=1)]
+        (folder / "blocks.json").write_text(json.dumps(blocks))
+    files = [str(tmp_path / f"layers_{number:03d}.json") for number in range(2)]
+    for file, value in zip(files, (0.3, 0.4), strict=True):
+        write_json(Path(file), {"layers": {"q": {"cosine": 9.0}, "output": {"cosine": value}}})
+    paper.depth(runs=runs, model="m", ratio=0.6, layers={"m_r0.6_norefine": files}, outputs=["depth.png"])
+    found = {line.label: (list(line.x), list(line.y)) for line in drawn["lines"][0]}
+    assert found["aasvd"] == ([1, 2], [0.1, 0.2])
+    assert found["aasvd (norefine)"] == ([1, 2], [0.3, 0.4])
+    assert found["SliceGPT (slice)"] == ([], [])
+    assert len(drawn["lines"][1]) == 3

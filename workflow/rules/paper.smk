@@ -99,10 +99,23 @@ rule paper_table:
         unwatched.present(**params.arguments, runs=RUNS, outputs=output, log=log[0])
 
 
+def layers_of(run):
+    """The errors of every block of a run."""
+    return [f"{paths_by_name(run.name).evaluation}/layers_{block:03d}.json" for block in range(blocks_of(run.model))]
+
+
+def unfollowed(wildcards):
+    """The errors of blocks, by run, of shown runs whose own stages send nothing through the compressed blocks."""
+    needed = f"{wildcards.model}_r{wildcards.ratio}"
+    runs = {needed: parse_run(needed)} | params.published_runs(config, wildcards.model, wildcards.ratio)
+    return {name: layers_of(run) for name, run in runs.items() if "propagate" not in params.block_stages(run)}
+
+
 rule figure_depth:
     """Draw the distortion of block outputs over depth, for every finished run of a model at a ratio."""
     input:
         needed=lambda w: made([f"{w.model}_r{w.ratio}"]),
+        layers=lambda w: [ancient(file) for files in unfollowed(w).values() for file in files],
         unseen=unseen("results/paper/depth/{model}_r{ratio}.png"),
     output:
         report(
@@ -114,12 +127,15 @@ rule figure_depth:
         "results/paper/depth/{model}_r{ratio}.svg",
     log:
         "logs/paper/depth_{model}_r{ratio}.log",
+    params:
+        layers=unfollowed,
     run:
         unwatched.present(
             name="depth",
             runs=RUNS,
             model=wildcards.model,
             ratio=float(wildcards.ratio),
+            layers=params.layers,
             outputs=output,
             log=log[0],
         )
@@ -180,16 +196,10 @@ rule layer_errors:
         )
 
 
-def layers_of_run(wildcards):
-    """The errors of every block of a run."""
-    folder = paths_of(wildcards).evaluation
-    return [ancient(f"{folder}/layers_{block:03d}.json") for block in range(blocks_of(run_of(wildcards).model))]
-
-
 rule figure_layers:
     """Draw the errors of attention's and the MLP's last linear and of block outputs over depth, for one run."""
     input:
-        files=layers_of_run,
+        files=lambda w: [ancient(file) for file in layers_of(run_of(w))],
         published=lambda w: made([w.run]),  # it is newer where the figure shows other parameters than today's
     output:
         report(
