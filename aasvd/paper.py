@@ -13,6 +13,7 @@ from aasvd import figures
 from aasvd.artifacts import read_json, read_table
 from aasvd.figures import Series
 from aasvd.layers import OUTPUT
+from aasvd.params import DEFAULT
 from aasvd.tables import Table, number, percent
 
 # Structured pruning, as methods are named in params.yaml or in papers; compared without case and signs.
@@ -20,6 +21,9 @@ PRUNING = frozenset(("llmpruner", "slicegpt", "bonsai", "wandasp", "flap", "bloc
 # What attention and the MLP end with, in the architectures that the pipeline knows.
 _ATTENTION = ("o_proj", "out_proj", "dense")
 _MLP = ("down_proj", "fc2", "dense_4h_to_h")
+
+
+_DROP = "Drop: share of the dense model's average accuracy over the same tasks that is lost, in %."
 
 
 class Run(NamedTuple):
@@ -47,19 +51,24 @@ class Run(NamedTuple):
 
 
 def read_runs(file: str) -> list[Run]:
-    """Return the finished runs, without those that repeat another under the name `default`."""
+    """Return the finished runs, without `default` where it repeats another run.
+
+    That is one of the same artifacts, or of the same model and ratio under its plain name: if the two differ,
+    one of them was made from other parameters than today's, and a table would show two rows of one name.
+    """
     by_name: dict[str, list[dict[str, Any]]] = {}
     for row in read_table(Path(file)).to_pylist():
         by_name.setdefault(row["run"], []).append(row)
     runs = [Run(rows[0], {row["metric"]: row for row in rows}) for rows in by_name.values()]
-    named = {
-        (run.facts["model"], run.facts["compression_key"]) for run in runs if run.facts["run"] != "default"
-    }
-    return [
-        run
-        for run in runs
-        if run.facts["run"] != "default" or (run.facts["model"], run.facts["compression_key"]) not in named
-    ]
+    named = [run for run in runs if run.facts["run"] != DEFAULT]
+    same = {(run.facts["model"], run.facts["compression_key"]) for run in named}
+    plain = {(run.facts["model"], run.ratio) for run in named if not run.facts["variant"]}
+
+    def repeats(run: Run) -> bool:
+        model = run.facts["model"]
+        return (model, run.facts["compression_key"]) in same or (model, run.ratio) in plain
+
+    return [run for run in runs if run.facts["run"] != DEFAULT or not repeats(run)]
 
 
 def of(runs: Iterable[Run], *, models: Sequence[str], ratios: Sequence[float]) -> list[Run]:
@@ -83,9 +92,22 @@ def _cells(run: Run, texts: Sequence[str], tasks: Sequence[str], *, side: str) -
     return [
         *(number(run.value(f"perplexity {text}", side)) for text in texts),
         *(percent(run.value(f"acc {task}", side)) for task in tasks),
-        percent(mean),
+        _average(run, tasks, side=side),
         percent(drop),
     ]
+
+
+def _average(run: Run, tasks: Sequence[str], *, side: str, metric: str = "acc average") -> str:
+    """Return the average accuracy, with the number of its tasks where that is not all of these."""
+    mean = run.value(metric, side)
+    return percent(mean) + (
+        f" ({_averaged(run)})" if mean is not None and _averaged(run) != len(tasks) else ""
+    )
+
+
+def _averaged(run: Run) -> int:
+    """Return over how many tasks a run's average accuracy is."""
+    return int(run.metrics.get("acc average", {}).get("count") or 0)
 
 
 def _measured_on(runs: Sequence[Run], texts: Sequence[str], tasks: Sequence[str]) -> str:
@@ -101,13 +123,25 @@ def _measured_on(runs: Sequence[Run], texts: Sequence[str], tasks: Sequence[str]
         return ", ".join(parts)
 
     windows, examples = counts("perplexity", texts), counts("acc", tasks)
-    return " ".join(
-        [
-            f"Perplexity per token (lower is better); windows: {windows}." if texts else "",
-            f"Zero-shot accuracy in % (higher is better); examples: {examples}." if tasks else "",
-            "Drop: share of the dense model's average accuracy that is lost, in %.",
-        ]
-    ).strip()
+    fewer = {_averaged(run) for run in runs} - {0, len(tasks)}
+    averages = f"An average with a number behind it is over that many of the {len(tasks)} tasks only."
+    sentences = [
+        f"Perplexity per token (lower is better); windows: {windows}." if texts else "",
+        f"Zero-shot accuracy in % (higher is better); examples: {examples}." if tasks else "",
+        averages if fewer else "",
+        _calibrated_on(runs),
+    ]
+    return " ".join(filter(None, sentences))
+
+
+def _calibrated_on(runs: Iterable[Run]) -> str:
+    """Return a sentence that names runs of one model with different calibrations, "" where there are none."""
+    names: dict[str, dict[str, list[str]]] = {}
+    for run in runs:
+        keys = names.setdefault(run.facts["model"], {})
+        keys.setdefault(run.facts["calibration_key"], []).append(run.facts["run"])
+    apart = ["; ".join(map(", ".join, keys.values())) for keys in names.values() if len(keys) > 1]
+    return f"Calibrated differently: {' | '.join(apart)}." if apart else ""
 
 
 def _outputs(outputs: Sequence[str]) -> list[Path]:
@@ -178,8 +212,11 @@ def ablation(
         "drop",
         "s",
     ]
-    note = _measured_on(found, texts, tasks) + " s: seconds of all stages, the dense model's included."
-    Table(f"{model}: objective, ranks and refinement", head, rows, [note], _groups(found)).write(
+    notes = [
+        _measured_on(found, texts, tasks),
+        f"{_DROP} s: seconds of all stages, the dense model's included.",
+    ]
+    Table(f"{model}: objective, ranks and refinement", head, rows, notes, _groups(found)).write(
         *_outputs(outputs)
     )
 
@@ -199,7 +236,7 @@ def _comparison(runs: Sequence[Run], *, title: str, notes: Sequence[str]) -> Tab
     ]
     head = ["method", "ratio", "achieved", *texts, *tasks, "average", "drop"]
     groups = [place + 1 for place in _groups(runs)]
-    return Table(title, head, rows, [*notes, _measured_on(runs, texts, tasks)], groups)
+    return Table(title, head, rows, [*notes, _measured_on(runs, texts, tasks), _DROP], groups)
 
 
 def _best_known(runs: Sequence[Run]) -> Run:
@@ -228,8 +265,8 @@ def models(*, runs: str, models: Sequence[str], ratios: Sequence[float], outputs
             [model, run.label, f"{run.ratio:g}", *_cells(run, texts, tasks, side="value")] for run in own
         ]
     head = ["model", "method", "ratio", *texts, *tasks, "average", "drop"]
-    note = _measured_on(found, texts, tasks)
-    Table("Models side by side", head, rows, [note], groups).write(*_outputs(outputs))
+    notes = [_measured_on(found, texts, tasks), _DROP]
+    Table("Models side by side", head, rows, notes, groups).write(*_outputs(outputs))
 
 
 def breakdown(*, runs: str, model: str, ratios: Sequence[float], outputs: Sequence[str]) -> None:
@@ -237,9 +274,12 @@ def breakdown(*, runs: str, model: str, ratios: Sequence[float], outputs: Sequen
     found = of(read_runs(runs), models=[model], ratios=ratios)
     metrics = list(dict.fromkeys(metric for run in found for metric in run.metrics))
     best = _best_known(found) if found else None
+    texts, tasks = _names(found, "perplexity"), _names(found, "acc")
 
     def cell(run: Run, metric: str, side: str) -> str:
         value = run.value(metric, side)
+        if metric.endswith(" average"):
+            return _average(run, tasks, side=side, metric=metric)
         if metric.startswith("acc"):
             return percent(value, run.value(metric, "stderr") if side == "value" else None)
         if metric.startswith(("parameters", "stored")):
@@ -253,7 +293,6 @@ def breakdown(*, runs: str, model: str, ratios: Sequence[float], outputs: Sequen
         name = f"{metric}, {units[metric]}" if units[metric] in ("s", "MB", "bytes") else metric
         dense = cell(best, metric, "dense") if best else "–"
         rows.append([name, dense, *(cell(run, metric, "value") for run in found)])
-    texts, tasks = _names(found, "perplexity"), _names(found, "acc")
     notes = [
         _measured_on(found, texts, tasks),
         "acc_norm: answers compared by log likelihood per byte; ±: standard error.",
@@ -277,7 +316,7 @@ def budget(
     known = read_runs(runs)
     by_name = {run.facts["run"]: run for run in known}
     own = [by_name[entry["run"]] for entry in plan if entry["run"] in by_name]
-    texts = _names(own, "perplexity")
+    texts, tasks = _names(own, "perplexity"), _names(own, "acc")
     rows = []
     for entry in plan:
         gigabytes = f"{entry['budget'] / 1e9:g}"
@@ -302,7 +341,7 @@ def budget(
                 *(_gigabytes(found.get(name)) for name in ("weights", "peak")),
                 fits,
                 *(number(run.value(f"perplexity {text}", side) if run else None) for text in texts),
-                percent(run.value("acc average", side) if run else None),
+                _average(run, tasks, side=side) if run else percent(None),
             ]
         )
     head = [
@@ -321,6 +360,7 @@ def budget(
         "whose weights, key-value cache and activations of one pass fit by estimate in a 16-bit type.",
         "Measured: what a process of its own needed beyond Python and its libraries to read the context into "
         "the cache and generate one token, in the float type of the evaluation.",
+        _measured_on(own, texts, tasks),
     ]
     Table(f"{model}: memory budgets", [*head, *texts, "average"], rows, notes).write(*_outputs(outputs))
 
@@ -352,12 +392,13 @@ def depth(
     found = of(read_runs(runs), models=[model], ratios=[ratio])
     texts = _names(found, "perplexity")
     text = texts[0] if texts else ""
+    apart = ", not all calibrated alike" if _calibrated_on(found) else ""
     figures.depth(
         [_distortion(run, layers.get(run.facts["run"], ())) for run in found],
         [run.value(f"perplexity {text}") for run in found],
         dense=found[0].value(f"perplexity {text}", "dense") if found else None,
         text=text,
-        title=f"{model} at ratio {ratio:g}",
+        title=f"{model} at ratio {ratio:g}{apart}",
         outputs=_outputs(outputs),
     )
 
@@ -395,21 +436,24 @@ def calibration(
     texts, best = _names(found, "perplexity"), _best_known(found)
 
     def series(metric: str, label: str, factor: float = 1.0) -> Series:
-        points = [(sequences[run.facts["variant"]], run.value(metric)) for run in found]
+        # Averages over other tasks have no place on the same axis.
+        comparable = [
+            run for run in found if metric != "acc average" or _names([run], "acc") == _names([best], "acc")
+        ]
+        points = [(sequences[run.facts["variant"]], run.value(metric)) for run in comparable]
         known = [(count, factor * value) for count, value in points if value is not None]
         return Series(label, [count for count, _ in known], [value for _, value in known])
 
     accuracy = series("acc average", "compressed", 100.0)
     dense_accuracy = best.value("acc average", "dense")
     dense = {text: best.value(f"perplexity {text}", "dense") for text in texts}
-    tasks = best.metrics.get("acc average", {}).get("count", 0)
     figures.sweep(
         [series(f"perplexity {text}", text) for text in texts],
         accuracy if accuracy.x else None,
         dense={text: value for text, value in dense.items() if value is not None},
         dense_accuracy=None if dense_accuracy is None else 100 * dense_accuracy,
         title=f"{model} at ratio {ratio:g}: size of the calibration set",
-        tasks=f"{tasks} tasks",
+        tasks=f"{_averaged(best)} tasks",
         outputs=_outputs(outputs),
     )
 

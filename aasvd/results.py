@@ -26,6 +26,7 @@ COLUMNS = pa.schema(
         ("precision", pa.string()),
         ("ratio", pa.float64()),
         ("achieved_ratio", pa.float64()),
+        ("calibration_key", pa.string()),
         ("compression_key", pa.string()),
         ("metric", pa.string()),
         ("value", pa.float64()),
@@ -169,6 +170,7 @@ def rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
         "precision": result["precision"],
         "ratio": result["ratio"]["target"],
         "achieved_ratio": result["ratio"]["achieved"],
+        "calibration_key": result["provenance"]["keys"]["calibration"],
         "compression_key": result["provenance"]["keys"]["compression"],
     }
     counts = result["parameters"]

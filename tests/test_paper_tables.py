@@ -1,36 +1,58 @@
 """The paper's tables from made-up runs."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pytest
-from test_results import result
+from test_results import COMPRESSED, DENSE, result
 
 from aasvd import paper, results
 from aasvd.artifacts import write_json, write_table
 
+Maker = Callable[..., dict[str, Any]]
+
 
 @pytest.fixture
-def runs(tmp_path: Path) -> str:
-    """Runs at two ratios, of three methods, one of them twice under two names."""
+def made() -> Maker:
+    """A function that makes up a run's eval.json."""
 
     def made(name: str, ratio: float, **changes: Any) -> dict[str, Any]:
-        keys = {"keys": {"compression": f"r{ratio:g}-{changes.pop('key', name)}"}}
-        return result(name, ratio={"target": ratio, "achieved": ratio - 0.001}, provenance=keys) | changes
+        keys = {
+            "calibration": changes.pop("calibration", "c"),
+            "compression": f"r{ratio:g}-{changes.pop('key', name)}",
+        }
+        made_from = {"target": ratio, "achieved": ratio - 0.001}
+        return result(name, ratio=made_from, provenance={"keys": keys}) | changes
 
-    everything = [
+    return made
+
+
+@pytest.fixture
+def stored_runs(tmp_path: Path) -> Callable[..., str]:
+    """A function that writes the file of finished runs."""
+
+    def write(*everything: dict[str, Any]) -> str:
+        rows = [row for run in everything for row in results.rows(run)]
+        write_table(tmp_path / "runs.parquet", pa.Table.from_pylist(rows, schema=results.COLUMNS))
+        return str(tmp_path / "runs.parquet")
+
+    return write
+
+
+@pytest.fixture
+def runs(made: Maker, stored_runs: Callable[..., str]) -> str:
+    """Runs at two ratios, of three methods, one of them twice under two names."""
+    return stored_runs(
         made("m_r0.6", 0.6, key="same"),
         made("default", 0.6, key="same"),
         made("m_r0.6_norefine", 0.6, refined=False),
         made("m_r0.6_slice", 0.6, method="SliceGPT"),
         made("m_r0.8", 0.8),
         made("other_r0.8", 0.8, model="other"),
-    ]
-    rows = [row for run in everything for row in results.rows(run)]
-    write_table(tmp_path / "runs.parquet", pa.Table.from_pylist(rows, schema=results.COLUMNS))
-    return str(tmp_path / "runs.parquet")
+    )
 
 
 def cells(file: Path) -> list[list[str]]:
@@ -60,6 +82,59 @@ def test_main_table_has_dense_then_every_run_by_ratio(runs: str, tmp_path: Path)
 )  # fmt: skip
 def test_a_label_says_the_method_once(method: str, variant: str, label: str) -> None:
     assert paper.Run({"method": method, "variant": variant}, {}).label == label
+
+
+def test_default_beside_the_same_run_of_other_parameters_is_left_out(
+    made: Maker, stored_runs: Callable[..., str]
+) -> None:
+    def names(*everything: dict[str, Any]) -> list[str]:
+        return [run.facts["run"] for run in paper.read_runs(stored_runs(*everything))]
+
+    other = made("default", 0.6, key="other")
+    assert names(made("m_r0.6", 0.6), other) == ["m_r0.6"]
+    assert names(made("m_r0.6_norefine", 0.6), other) == ["m_r0.6_norefine", "default"]
+    assert names(made("m_r0.8", 0.8), other) == ["m_r0.8", "default"]
+    assert names(made("o_r0.6", 0.6, model="o"), other) == ["o_r0.6", "default"]
+
+
+def test_averages_over_other_tasks_say_so_and_so_do_other_calibrations(
+    made: Maker, stored_runs: Callable[..., str], tmp_path: Path
+) -> None:
+    """One run measured one task of two: its drop is against the dense model on that one."""
+    less = results.side_by_side(DENSE[:2], COMPRESSED[:2])
+    runs = stored_runs(
+        made("m_r0.6", 0.6), made("m_r0.6_few", 0.6, calibration="d", **less), made("m_r0.6_no", 0.6)
+    )
+    output = tmp_path / "main.md"
+    paper.main(runs=runs, model="m", ratios=[0.6], outputs=[str(output)])
+    rows = {row[0]: row[-2:] for row in cells(output)}
+    assert rows["dense"] == ["70.0", "–"] and rows["aasvd"] == ["55.0", "21.4"]
+    assert rows["aasvd (few)"] == ["60.0 (1)", "25.0"]  # 0.8 to 0.6
+    text = output.read_text()
+    assert "over that many of the 2 tasks only" in text
+    assert "Calibrated differently: m_r0.6, m_r0.6_no; m_r0.6_few." in text
+    paper.breakdown(runs=runs, model="m", ratios=[0.6], outputs=[str(output)])
+    found = {row[0]: row[1:] for row in cells(output)}
+    assert found["acc average"] == ["70.0", "55.0", "60.0 (1)", "55.0"]
+    assert found["acc_norm average"][2] == "80.0 (1)"
+
+
+def test_a_table_of_equal_tasks_and_calibrations_says_nothing_of_them(runs: str, tmp_path: Path) -> None:
+    output = tmp_path / "main.md"
+    paper.main(runs=runs, model="m", ratios=[0.6], outputs=[str(output)])
+    assert "tasks only" not in output.read_text() and "Calibrated" not in output.read_text()
+
+
+def test_the_sweep_draws_averages_over_the_same_tasks_only(
+    made: Maker, stored_runs: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr(paper.figures, "sweep", lambda *lines, **named: drawn.extend([*lines, named]))
+    less = results.side_by_side(DENSE[:2], COMPRESSED[:2])
+    runs = stored_runs(made("m_r0.6_a", 0.6), made("m_r0.6_b", 0.6, **less), made("m_r0.6_c", 0.6))
+    sequences = {"a": 16, "b": 32, "c": 64}
+    paper.calibration(runs=runs, model="m", ratio=0.6, sequences=sequences, outputs=["x.png"])
+    assert list(drawn[1].x) == [16, 64] and drawn[2]["tasks"] == "2 tasks"
 
 
 def test_pruning_table_leaves_out_variants_of_our_own(runs: str, tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ def result(run: str, **changes: Any) -> dict[str, Any]:
         "run": run, "model": "m", "method": "aasvd", "objective": "anchored", "refined": True,
         "ratio": {"target": 0.6, "achieved": 0.599},
         "parameters": {"dense": 200, "compressed": 150, "linears": {"dense": 100, "compressed": 60}},
-        "provenance": {"keys": {"compression": "r0.6-0123456789"}},
+        "provenance": {"keys": {"calibration": "0123456789", "compression": "r0.6-0123456789"}},
         "storage": "factors", "precision": "model", "bytes": {"dense": 400, "compressed": 300},
         "seconds": {"solve": 1.0, "refine": 2.5}, "peak_memory_mb": 10.0,
         **results.side_by_side(DENSE, COMPRESSED),
