@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, MaxNLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from aasvd.artifacts import replacing
 
@@ -175,8 +175,11 @@ def sweep(
             if line.label in dense:
                 _dense_line(left, dense[line.label], f"{line.label}, dense", style(number)["color"])
         left.set_ylabel("perplexity per token")
+        if left.get_yscale() == "log":
+            # Names for all ticks between powers of ten would lie on one another.
+            left.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            left.yaxis.set_minor_formatter(NullFormatter())
         left.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        left.yaxis.set_minor_formatter(lambda value, _: f"{value:g}")
         if accuracy is not None:
             _plot(right, [accuracy], log=False)
         if dense_accuracy is not None:

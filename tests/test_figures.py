@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 
 from aasvd import figures
 from aasvd.figures import Series
@@ -41,8 +42,33 @@ def test_a_figure_is_a_png_and_an_svg_with_the_same_bytes_every_time(tmp_path: P
 def test_a_figure_without_accuracy_or_dense_numbers_is_drawn(tmp_path: Path) -> None:
     outputs = [tmp_path / "sweep.svg"]
     figures.sweep([ONE], None, dense={}, dense_accuracy=None, title="", tasks="0 tasks", outputs=outputs)
+    figures.sweep(
+        [], None, dense={}, dense_accuracy=None, title="", tasks="", outputs=[tmp_path / "none.svg"]
+    )
     figures.depth([], [], dense=None, text="", title="", outputs=[tmp_path / "depth.svg"])
     assert all(file.stat().st_size > 1000 for file in tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("values", [(900, 40), (44, 41), (9e4, 12), (7, 3)])
+def test_numbers_along_a_logarithmic_axis_lie_beside_one_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, values: tuple[float, float]
+) -> None:
+    drawn: list[Figure] = []
+
+    def kept(**settings: Any) -> Figure:
+        drawn.append(Figure(**settings))
+        return drawn[-1]
+
+    monkeypatch.setattr(figures, "Figure", kept)
+    series, outputs = Series("ptb", [16, 1024], values), [tmp_path / "sweep.png"]
+    figures.sweep([series], None, dense={}, dense_accuracy=None, title="", tasks="", outputs=outputs)
+    axis = drawn[0].axes[0].yaxis
+    low, high = drawn[0].axes[0].get_ylim()
+    ticks = [*axis.get_major_ticks(), *axis.get_minor_ticks()]
+    named = [tick for tick in ticks if tick.label1.get_text() and low <= tick.get_loc() <= high]
+    boxes = sorted((tick.label1.get_window_extent() for tick in named), key=lambda box: box.y0)
+    assert len(boxes) >= 3
+    assert all(below.y1 <= above.y0 for below, above in itertools.pairwise(boxes))
 
 
 def test_series_differ_in_colour_marker_or_dash_and_neighbours_in_all() -> None:
