@@ -1,6 +1,6 @@
 """Memory of a model at work: an estimate before anything is compressed, and a measurement of a checkpoint.
 
-`python -m aasvd.memory FOLDER CONTEXT DTYPE` loads a checkpoint in a process of its own, reads CONTEXT
+`python -m aasvd.memory FOLDER CONTEXT` loads a checkpoint in a process of its own, reads CONTEXT
 tokens into a key-value cache, generates one more, and prints the bytes as JSON.
 """
 
@@ -20,7 +20,9 @@ from aasvd.artifacts import read_json
 from aasvd.device import compute_device, process_memory
 from aasvd.evaluate import MeasurementError
 
-_BYTES = 2  # of a bfloat16 or float16 number
+# Of what is estimated and of what is measured: a budget is about memory, whatever type a machine is fast in.
+_DTYPE = torch.bfloat16
+_BYTES = _DTYPE.itemsize
 _SMALLEST = 0.05  # ratios below this are not worth making
 
 
@@ -55,7 +57,7 @@ class Estimate(NamedTuple):
 
 
 def estimate(folder: Path, *, linears: int, parameters: int, context: int) -> Estimate:
-    """Estimate a model's memory in a 16-bit type from its configuration.
+    """Estimate a model's memory in bfloat16 from its configuration.
 
     Args:
         folder: Model folder.
@@ -127,18 +129,17 @@ def plan(
             entry["run"] = f"{model}_r{made:g}"
             paths = params.Paths(config, params.parse_run(config, entry["run"]))
             subject = paths.dense_evaluation if ratio == 1 else paths.evaluation
-            entry["measured"] = str(subject / f"memory_{context}.json")
+            entry["measured"] = str(subject / f"memory_bfloat16_{context}.json")
         entries.append(entry)
     return entries
 
 
-def measure(folder: Path, *, context: int, dtype: str) -> dict[str, Any]:
-    """Measure a checkpoint's memory in a process of its own.
+def measure(folder: Path, *, context: int) -> dict[str, Any]:
+    """Measure a checkpoint's memory in bfloat16, in a process of its own.
 
     Args:
         folder: Model folder, dense or compressed.
         context: Tokens.
-        dtype: Float type, as torch names it.
 
     Returns:
         `weights`, `cache`, and `peak` beyond what the process needs without a model, in bytes; `device`.
@@ -146,20 +147,23 @@ def measure(folder: Path, *, context: int, dtype: str) -> dict[str, Any]:
     Raises:
         MeasurementError: If the process fails, as it does where memory does not suffice.
     """
-    command = [sys.executable, "-m", "aasvd.memory", str(folder), str(context), dtype]
+    command = [sys.executable, "-m", "aasvd.memory", str(folder), str(context)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
+        # A killed process says nothing of it: its last line is a progress bar or a warning.
+        killed = f"killed by signal {-done.returncode}, as where memory does not suffice"
         last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-        raise MeasurementError(f"{folder} does not run with {context} tokens: {last}")
+        reason = killed if done.returncode < 0 else last
+        raise MeasurementError(f"{folder} does not run with {context} tokens: {reason}")
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 
 
 @torch.inference_mode()
-def _run(folder: str, context: int, dtype: torch.dtype) -> dict[str, Any]:
+def _run(folder: str, context: int) -> dict[str, Any]:
     device = compute_device()
     before = _used(device)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=_DTYPE).to(device).eval()
     vocabulary = model.config.get_text_config().vocab_size
     ids = torch.arange(context, device=device)[None] % vocabulary
     output = model(input_ids=ids, use_cache=True, logits_to_keep=1)
@@ -176,7 +180,7 @@ def _run(folder: str, context: int, dtype: torch.dtype) -> dict[str, Any]:
         "cache": sum(tensor.numel() * tensor.element_size() for tensor in cached),
         "peak": _peak(device) - before,
         "device": str(device),
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": str(_DTYPE).removeprefix("torch."),
     }
 
 
@@ -196,4 +200,4 @@ def _process(key: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(json.dumps(_run(sys.argv[1], int(sys.argv[2]), getattr(torch, sys.argv[3]))) + "\n")
+    sys.stdout.write(json.dumps(_run(sys.argv[1], int(sys.argv[2]))) + "\n")

@@ -357,9 +357,9 @@ def budget(
     ]
     notes = [
         f"GB of 10^9 bytes, batch 1, a context of {context} tokens. The ratio is the largest, in hundredths, "
-        "whose weights, key-value cache and activations of one pass fit by estimate in a 16-bit type.",
+        "whose weights, key-value cache and activations of one pass fit by estimate in bfloat16.",
         "Measured: what a process of its own needed beyond Python and its libraries to read the context into "
-        "the cache and generate one token, in the float type of the evaluation.",
+        "the cache and generate one token, in bfloat16 too.",
         _measured_on(own, texts, tasks),
     ]
     Table(f"{model}: memory budgets", [*head, *texts, "average"], rows, notes).write(*_outputs(outputs))

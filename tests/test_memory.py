@@ -1,15 +1,18 @@
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from architectures import TINY, linears, tiny_model
 from safetensors.torch import load_file, save_file
-from stored import store
+from stored import Stored, store
 from workflow_copy import ROOT
 
 from aasvd import params, sources
 from aasvd.artifacts import write_json
-from aasvd.memory import Estimate, estimate, plan
+from aasvd.evaluate import MeasurementError
+from aasvd.memory import Estimate, estimate, measure, plan
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -48,3 +51,29 @@ def test_masks_in_the_files_are_no_weights(tmp_path: Path) -> None:
     write_json(outline, {"linears": {name: list(m.weight.shape) for name, m in linears(model).items()}})
     (entry,) = plan(config, model="mine", source=source, outline=outline, budgets=[1e9], context=8)
     assert entry["linears"] + entry["rest"] == 2 * sum(p.numel() for p in model.parameters())
+
+
+def test_what_is_measured_is_what_is_estimated(stored: Callable[[str], Stored]) -> None:
+    """Whatever float type the calibration has, and the checkpoint."""
+    model, folder = tiny_model("llama"), stored("llama").record.parent / "dense"
+    found = measure(folder, context=12)
+    needs = estimate(folder, linears=0, parameters=sum(p.numel() for p in model.parameters()), context=12)
+    buffers = sum(b.numel() * b.element_size() for b in model.buffers())
+    assert needs.rest <= found["weights"] <= needs.rest + buffers
+    assert found["cache"] == needs.cache * 13 // 12  # with the token that was generated
+    assert found["dtype"] == "bfloat16" and found["peak"] > 0
+
+
+@pytest.mark.parametrize(
+    ("end", "reason"),
+    [("kill -9 $$", "killed by signal 9, as where memory does not suffice"), ("exit 3", "Loading weights")],
+)
+def test_a_killed_process_is_said_to_be_killed(
+    end: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "python"
+    program.write_text(f"#!/bin/sh\necho 'Loading weights: 40%' >&2\n{end}\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    with pytest.raises(MeasurementError, match=f"does not run with 7 tokens: {reason}"):
+        measure(tmp_path, context=7)

@@ -9,7 +9,7 @@ import torch
 
 from aasvd import evaluate, layers, memory, sources
 from aasvd.artifacts import Activations, mark_failure, read_table, read_tensors
-from aasvd.device import compute_device, compute_dtype, release_memory
+from aasvd.device import release_memory
 from aasvd.stages.loading import Block, load_model, model_folder, too_long
 from aasvd.stages.stage import PASSES, report_failure, stage
 
@@ -122,14 +122,11 @@ def measure_layers(
         )
 
 
-def measure_memory(
-    *, model: str, context: int, output: str, calibration: Mapping[str, Any], log: str
-) -> None:
+def measure_memory(*, model: str, context: int, output: str, log: str) -> None:
     """Measure the memory that a model needs to read a context and to generate."""
-    dtype = str(compute_dtype(calibration["dtype"], compute_device())).removeprefix("torch.")
 
     def measure() -> dict[str, Any]:
-        return memory.measure(model_folder(model), context=context, dtype=dtype)
+        return memory.measure(model_folder(model), context=context)
 
     _measure(
         f"memory at {context} tokens", measure, output=output, advice="choose a shorter context", log=log

@@ -219,19 +219,15 @@ rule memory:
     """Measure the memory that a dense or compressed model needs to read a context and to generate."""
     input:
         model=lambda w: ancient(subject_model(w)),
-        again=failed(f"{EVALUATION}/{{subject}}/memory_{{context}}.json"),
+        again=failed(f"{EVALUATION}/{{subject}}/memory_bfloat16_{{context}}.json"),
     output:
-        f"{EVALUATION}/{{subject}}/memory_{{context}}.json",
+        f"{EVALUATION}/{{subject}}/memory_bfloat16_{{context}}.json",
     log:
-        "logs/{model}/{subject}/memory_{context}.log",
+        "logs/{model}/{subject}/memory_bfloat16_{context}.log",
     resources:
         gpu=1,
-    params:
-        settings=config["calibration"],
     run:
-        unwatched.measure_memory(
-            model=input.model, context=int(wildcards.context), output=output[0], calibration=params.settings, log=log[0]
-        )
+        unwatched.measure_memory(model=input.model, context=int(wildcards.context), output=output[0], log=log[0])
 
 
 def budget_plan(wildcards):
