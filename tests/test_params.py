@@ -1,6 +1,7 @@
 import copy
 import itertools
 import json
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -816,6 +817,33 @@ def test_a_run_is_published_as_long_as_its_keys_are_todays(
         assert not published(), section
         local[section].update(kept)
     assert published()
+
+
+def test_published_runs_are_those_whose_checkpoint_is_todays(
+    local: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever was measured of it; other ratios, and names that params.yaml does not know, do not count."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("mine_r0.6", "mine_r0.6_svd", "mine_r0.6_svd_refine", "mine_r0.8"):
+        file = Path("results") / name / "eval.json"
+        file.parent.mkdir(parents=True)
+        file.write_text(json.dumps({"provenance": {"keys": paths(local, name).publication()}}))
+    shutil.copytree("results/mine_r0.6", "results/mine_r0.6_unknown")
+    assert set(params.published_runs(local, "mine", "0.6")) == {
+        *("mine_r0.6", "mine_r0.6_svd", "mine_r0.6_svd_refine"),
+    }
+    local["evaluation"]["limit"] = 1
+    assert len(params.published_runs(local, "mine", "0.6")) == 3
+    local["refinement"]["epochs"] = 1  # `svd` has none, and `refine` its own
+    assert set(params.published_runs(local, "mine", "0.6")) == {"mine_r0.6_svd", "mine_r0.6_svd_refine"}
+    local["calibration"]["tokens"] = 2
+    assert not params.published_runs(local, "mine", "0.6")
+
+
+def test_pruning_methods_are_those_that_need_no_search(config: Config) -> None:
+    assert params.pruning_methods(config) == ["shortgpt", "wanda-sp"]
+    config["methods"]["mine"] = {"compression": {"storage": "pruned", "allocation": "uniform"}}
+    assert "mine" in params.pruning_methods(config)
 
 
 Maker = Callable[[Config, str], object]
