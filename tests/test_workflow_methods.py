@@ -82,6 +82,19 @@ def test_a_comparison_makes_all_its_runs(another: Copy) -> None:
     drawing = another.path("results/compare/tiny_r0.6.svg").read_text().partition("<svg")[2]
     assert drawing in another.path("results/compare/tiny_r0.6.html").read_text()
 
+    # Made anew where a method goes, or what others report changes, and not else.
+    page = "results/compare/tiny_r0.6.html"
+    assert another.planned(page) == []
+    another.change(comparison={"methods": methods[1:]})
+    assert finished(another.make("--", page)) == ["compare"]
+    assert "asvd" not in {
+        row["method"] for row in pq.read_table(another.path(page).with_suffix(".parquet")).to_pylist()
+    }
+    assert another.planned(page) == []
+    reported = another.path("workflow/published.json")
+    reported.write_text(reported.read_text().replace("20061", "20062"))
+    assert another.planned(page) == ["compare"]
+
 
 def test_pruning_methods_are_methods_as_all_others(another: Copy) -> None:
     """In one table, from the same originals; the search of BlockPruner is made once for all ratios."""

@@ -120,10 +120,12 @@ def compare(
     latex: str,
     parquet: str,
     figure: str,
+    contents: str,
     compared: params.Comparison,
+    shown: Mapping[str, Any],
     log: str,
 ) -> None:
-    """Put all runs of a comparison into one table, in four formats, and a figure."""
+    """Put all runs of a comparison into one table, in four formats, and a figure; note what they show."""
     with stage(f"compare {compared.model}", log=Path(log), record=None, advice=PASSES):
         found = [json.loads(Path(file).read_text()) for file in evaluations]
         rows = [
@@ -155,6 +157,8 @@ def compare(
             latex=Path(latex),
             parquet=Path(parquet),
         )
+        with replacing(Path(contents)) as temporary:
+            temporary.write_text(json.dumps(shown, indent=2) + "\n")
         tqdm.write(f"the comparison of {len(found)} runs lies in {page}")
 
 

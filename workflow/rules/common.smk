@@ -3,6 +3,7 @@
 import functools
 import importlib
 import itertools
+import json
 import pathlib
 import sys
 

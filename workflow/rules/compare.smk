@@ -6,11 +6,27 @@ def comparison_of(wildcards):
     return checked(params.parse_comparison, config, wildcards.comparison)
 
 
+PUBLISHED = workflow.source_path("../published.json")
+
+
+def compared(wildcards):
+    """What a comparison shows: its runs in their order, and what others report."""
+    runs = [run.name for run in comparison_of(wildcards).runs.values()]
+    return {"runs": runs, "published": params.key_of(json.loads(pathlib.Path(PUBLISHED).read_text()))}
+
+
+def uncompared(wildcards):
+    """A marker newer than the page where that shows something else: a run that goes changes no input's age."""
+    written = pathlib.Path(f"results/compare/{wildcards.comparison}.json")
+    return [marker(written)] if written.exists() and json.loads(written.read_text()) != compared(wildcards) else []
+
+
 rule compare:
     """Compare methods at several ratios: a table in four formats, and perplexity against ratio."""
     input:
         evaluations=lambda w: [f"results/{run.name}/eval.json" for run in comparison_of(w).runs.values()],
-        published=ancient(workflow.source_path("../published.json")),
+        published=ancient(PUBLISHED),
+        uncompared=uncompared,
     output:
         page=report(
             "results/compare/{comparison}.html",
@@ -21,6 +37,7 @@ rule compare:
         markdown="results/compare/{comparison}.md",
         latex="results/compare/{comparison}.tex",
         parquet="results/compare/{comparison}.parquet",
+        contents="results/compare/{comparison}.json",
         figure=report(
             "results/compare/{comparison}.svg",
             caption="../report/compare.rst",
@@ -33,5 +50,13 @@ rule compare:
         comparison=r"[A-Za-z0-9][A-Za-z0-9._-]*_r[0-9.]+(-[0-9.]+)*",
     params:
         compared=comparison_of,
+        shown=compared,
     run:
-        unwatched.compare(**input, **output, compared=params.compared, log=log[0])
+        unwatched.compare(
+            evaluations=input.evaluations,
+            published=input.published,
+            **output,
+            compared=params.compared,
+            shown=params.shown,
+            log=log[0],
+        )
