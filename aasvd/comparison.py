@@ -14,6 +14,7 @@ from aasvd.tables import Table, number, percent
 Row = dict[str, Any]
 
 _MEASURING = ("perplexity", "accuracy")
+_NAMES = ("method", "variant", "source", "refined")
 
 
 def dense_row(result: Mapping[str, Any]) -> Row:
@@ -37,6 +38,7 @@ def run_row(result: Mapping[str, Any], *, method: str, variant: str) -> Row:
         "method": method,
         "variant": variant,
         "source": "measured",
+        "refined": result["refined"],
         "ratio": result["ratio"]["target"],
         "kept_linears": result["ratio"]["achieved"],
         "kept_model": counts["compressed"] / counts["dense"],
@@ -46,6 +48,22 @@ def run_row(result: Mapping[str, Any], *, method: str, variant: str) -> Row:
         "seconds": sum(compressing),
         "peak_memory_mb": result["peak_memory_mb"],
     }
+
+
+def measured_note(left_out: Mapping[tuple[str, str], str]) -> str:
+    """Return what is to be said above the measured rows.
+
+    Args:
+        left_out: By method and variant, why there is no such row.
+    """
+    return (
+        "Without a variant, a method is as params.yaml declares it; a variant that changes nothing of a "
+        "method has no row. Ratios are shares kept of the blocks' linears (kept_linears) and of all "
+        "parameters (kept_model). Seconds are those of all stages that a run uses, shared ones too, "
+        "measurements left out. Averages of accuracy are over the tasks measured on both models; drop is "
+        "the share of the dense one that is lost. A measurement that failed is –."
+        + "".join(f" Left out: {method} {variant}: {why}." for (method, variant), why in left_out.items())
+    )
 
 
 def _measured(result: Mapping[str, Any], side: str) -> Row:
@@ -86,6 +104,8 @@ def columns(rows: Iterable[Row]) -> list[str]:
 def _cell(name: str, value: Any) -> str:
     if isinstance(value, str):
         return value
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     if name.startswith("accuracy") or name == "drop":
         return percent(value) + ("" if value is None else " %")
     if name == "ratio":
@@ -96,7 +116,7 @@ def _cell(name: str, value: Any) -> str:
 def _table(title: str, rows: Sequence[Row], note: str) -> Table:
     names = columns(rows)
     cells = [[_cell(name, row.get(name)) for name in names] for row in rows]
-    return Table(title, names, cells, [note], names=3)
+    return Table(title, names, cells, [note], names=sum(name in _NAMES for name in names))
 
 
 def write(

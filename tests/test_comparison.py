@@ -10,6 +10,7 @@ from aasvd import comparison, report, results
 PUBLISHED = json.loads((Path(__file__).parent.parent / "workflow" / "published.json").read_text())
 ACCURACY = {"piqa": {"dense": 0.6, "compressed": 0.5}, "sciq": {"dense": 0.8, "compressed": 0.55}}
 RESULT: dict[str, Any] = {
+    "refined": True,
     "ratio": {"target": 0.6, "achieved": 0.5995},
     "parameters": {"dense": 200, "compressed": 150},
     "perplexity": {"a_b": {"dense": 20.0, "compressed": 50.0}},
@@ -30,6 +31,7 @@ def rows() -> list[comparison.Row]:
 def test_a_row_is_what_the_run_measured() -> None:
     dense, run = rows()
     assert run["kept_linears"] == 0.5995 and run["kept_model"] == 0.75 and run["seconds"] == 7.0
+    assert run["refined"] is True and "refined" not in dense
     assert run["perplexity a_b"] == 50.0 and dense["perplexity a_b"] == 20.0
     assert run["accuracy average"] == pytest.approx(0.525)
     assert run["drop"] == pytest.approx(1 - 0.525 / 0.7)
@@ -88,7 +90,7 @@ def test_all_formats_hold_the_rows(tmp_path: Path) -> None:
     assert "<?xml" not in page
     latex = files["latex"].read_text()
     assert r"ours \& theirs" in latex and r"perplexity a\_b" in latex and "52.5 \\%" in latex
-    assert "| ours & theirs | refine |" in files["markdown"].read_text()
+    assert "| ours & theirs | refine | measured | yes |" in files["markdown"].read_text()
     first = (tmp_path / "x.svg").read_bytes()
     report.write_curves(rows(), output=tmp_path / "x.svg", title="t")
     assert (tmp_path / "x.svg").read_bytes() == first

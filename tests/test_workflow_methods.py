@@ -86,7 +86,7 @@ def test_a_comparison_makes_all_its_runs(another: Copy) -> None:
 def test_pruning_methods_are_methods_as_all_others(another: Copy) -> None:
     """In one table, from the same originals; the search of BlockPruner is made once for all ratios."""
     methods = ["shortgpt", "blockpruner", "wanda-sp"]
-    another.change(evaluation={"tasks": []}, comparison={"methods": methods, "variants": ["norefine"]})
+    another.change(evaluation={"tasks": []}, comparison={"methods": methods, "variants": ["", "optimal"]})
     ran = Counter(finished(another.make("--", "results/compare/tiny_r0.6.html")))
     assert ran["order_branches"] == 1
     assert ran["measure_block"] == BLOCKS  # ShortGPT's influence of blocks
@@ -94,18 +94,20 @@ def test_pruning_methods_are_methods_as_all_others(another: Copy) -> None:
     assert not set(ran) & ORIGINALS
     table = pq.read_table(another.path("results/compare/tiny_r0.6.parquet")).to_pylist()
     rows = {row["method"]: row for row in table if row["source"] == "measured"}
+    page = another.path("results/compare/tiny_r0.6.html").read_text()
     for method in methods:
+        assert f"Left out: {method} optimal: compression.objective" in page
         assert math.isfinite(rows[method]["perplexity made-up"])
         assert rows[method]["kept_linears"] <= 0.6
-        result = another.evaluation(f"tiny_r0.6_{method}_norefine")
+        result = another.evaluation(f"tiny_r0.6_{method}")
         assert result["storage"] == "pruned"
         assert result["bytes"]["compressed"] < result["bytes"]["dense"]
     assert rows["shortgpt"]["kept_linears"] == pytest.approx(1 / 3)
     # Less than one neuron below: three vectors in each block.
     weights = result["parameters"]["linears"]["dense"] / BLOCKS
     assert rows["wanda-sp"]["kept_linears"] > 0.6 - 3 * WIDTH / weights
-    assert "order branches" in another.evaluation("tiny_r0.6_blockpruner_norefine")["seconds"]
-    card = another.path("results/tiny_r0.6_shortgpt_norefine/model/README.md").read_text()
+    assert "order branches" in another.evaluation("tiny_r0.6_blockpruner")["seconds"]
+    card = another.path("results/tiny_r0.6_shortgpt/model/README.md").read_text()
     assert "numbers that stay" in card and "tags: [aasvd, pruned]" in card
     plan = another.planned("results/tiny_r0.8_blockpruner_refine/eval.json")
     assert "refine_block" in plan and "order_branches" not in plan

@@ -142,13 +142,7 @@ def compare(
                     theirs, compared.ratios
                 ),
             },
-            notes=[
-                "Ratios are shares kept of the blocks' linears (kept_linears) and of all parameters "
-                "(kept_model). Seconds are those of all stages that a run uses, shared ones too, "
-                "measurements left out. Averages of accuracy are over the tasks measured on both models; "
-                "drop is the share of the dense one that is lost. A measurement that failed is –.",
-                theirs["note"],
-            ],
+            notes=[comparison.measured_note(compared.left_out), theirs["note"]],
             figure=Path(figure),
             page=Path(page),
             markdown=Path(markdown),
