@@ -34,7 +34,7 @@ _ADASVD_MINIMUM = 0.8
 # DipSVD: weight of the sensitivity, width of the ratios around the target, and their bounds.
 _DIPSVD_BETA, _DIPSVD_WIDTH, _DIPSVD_BOUNDS = 0.3, 0.25, (0.3, 0.98)
 _DIPSVD_ENERGY = 0.95
-# How closely ranks from a file have to meet the budget.
+# How far ranks from a file may stay below the budget, relative to it.
 _TOLERANCE = 1e-3
 # The coarsest step between the ranks that `optimal` chooses from: rows of a matrix unit's tile.
 _COARSEST_STEP = 16
@@ -461,30 +461,39 @@ def from_file(problem: Problem) -> Allocation:
     """Ranks from a JSON file: an object of linears (`<block>.<name>`) and ranks, null for dense.
 
     Raises:
-        ValueError: If the file does not fit the model or the budget.
+        ValueError: If the file is no JSON, or does not fit the model, the storage or the budget.
     """
     path = Path(problem.compression["ranks_file"]).expanduser()
-    found = json.loads(path.read_text())
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; expected JSON, such as a run's ranks.json") from error
     given = found.get("ranks", found) if isinstance(found, dict) else None
+    given = given if isinstance(given, dict) else {}
     names = [f"{layer.block}.{layer.name}" for layer in problem.layers]
-    if not isinstance(given, dict) or set(given) != set(names):
-        difference = sorted(set(given or ()) ^ set(names))
+    if difference := sorted(set(given) ^ set(names)):
         raise ValueError(
             f"{path}: expected an object with the rank of all {len(names)} linears, such as {names[0]!r}; "
             f"{difference[0]!r} is missing or unknown"
         )
     for layer, name in zip(problem.layers, names, strict=True):
-        rank, largest = given[name], COSTS[problem.storage].largest(*layer.shape)
+        rank, pruned = (
+            given[name],
+            problem.storage == "pruned",
+        )  # which has no ranks: all of a linear or nothing
+        largest = 0 if pruned else COSTS[problem.storage].largest(*layer.shape)
         if rank is not None and (type(rank) is not int or not 0 <= rank <= largest):
+            ranks_of_others = "" if pruned else f"1 to {largest}, "
             raise ValueError(
-                f"{path}: rank {rank!r} of {name}: expected 1 to {largest}, 0 to remove it, or null"
+                f"{path}: rank {rank!r} of {name}: expected {ranks_of_others}0 to remove it, or null"
             )
     ranks: list[int | None] = [given[name] for name in names]
-    kept = problem.stored(ranks) / sum(layer.size for layer in problem.layers)
-    if abs(kept - problem.ratio) > _TOLERANCE * problem.ratio:
+    stored = problem.stored(ranks)
+    if not (1 - _TOLERANCE) * problem.budget <= stored <= problem.budget:
+        kept = math.ceil(1e5 * stored / sum(layer.size for layer in problem.layers)) / 1e5
         raise ValueError(
-            f"{path}: its ranks keep {kept:.4f} of the parameters, not {problem.ratio:g}: ask for that ratio "
-            f"(results/<model>_r{kept:.4f}_...)"
+            f"{path}: its ranks keep {kept:g} of the parameters, not {problem.ratio:g} or a little less: "
+            f"ask for that ratio (results/<model>_r{kept:g}_...)"
         )
     return Allocation(ranks, {})
 

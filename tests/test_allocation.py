@@ -1,6 +1,7 @@
 import itertools
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -335,6 +336,14 @@ def test_ranks_come_from_a_file(tmp_path: Path) -> None:
         assert allocate("file", asked).ranks == expected
     with pytest.raises(ValueError, match=r"ranks\.json: its ranks keep 0\.\d+ of the parameters, not 0\.7"):
         allocate("file", asked._replace(ratio=0.7))
+    # The budget is met from below, however little is missing; the message says where it is.
+    with pytest.raises(
+        ValueError, match=r"keep 0\.\d+ of the parameters, not 0\.5998 or a little less"
+    ) as raised:
+        allocate("file", asked._replace(ratio=0.5998))
+    hint = re.search(r"<model>_r([0-9.]+)_", str(raised.value))
+    assert hint is not None
+    assert allocate("file", asked._replace(ratio=float(hint[1]))).ranks == expected
     for change, message in [
         ({"0.mlp.up_proj": 97}, r"rank 97 of 0\.mlp\.up_proj: expected 1 to 96, 0 to remove it, or null"),
         ({"0.mlp.up_proj": True}, "rank True of"),
@@ -346,6 +355,32 @@ def test_ranks_come_from_a_file(tmp_path: Path) -> None:
         (tmp_path / "ranks.json").write_text(json.dumps(dict(zip(names, expected, strict=True)) | change))
         with pytest.raises(ValueError, match=message):
             allocate("file", asked)
+
+
+@pytest.mark.parametrize(
+    "text", ['{"0.mlp.up_proj": 3', "", "[1, 2]", '{"ranks": [[1]]}', '{"ranks": 5}', "3"]
+)
+def test_a_file_that_holds_no_ranks_is_named(text: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.json").write_text(text)
+    asked = problem(0.6)._replace(compression={**COMPRESSION, "ranks_file": str(tmp_path / "mine.json")})
+    with pytest.raises(ValueError, match=r"mine\.json: .*expected (JSON|an object with the rank of all 42)"):
+        allocate("file", asked)
+
+
+def test_where_linears_are_only_removed_a_file_has_no_ranks(tmp_path: Path) -> None:
+    """Any number of entries would fit the cost of pruned storage, but nothing makes a linear of them."""
+    ranks: list[int | None] = [None] * len(LAYERS)
+    ranks[:7] = [0] * 7
+    names = [f"{layer.block}.{layer.name}" for layer in LAYERS]
+    asked = problem(5 / 6)._replace(
+        compression={"storage": "pruned", "ranks_file": str(tmp_path / "ranks.json")}
+    )
+    (tmp_path / "ranks.json").write_text(json.dumps(dict(zip(names, ranks, strict=True))))
+    assert allocate("file", asked).ranks == ranks
+    ranks[7] = LAYERS[7].size - 1
+    (tmp_path / "ranks.json").write_text(json.dumps(dict(zip(names, ranks, strict=True))))
+    with pytest.raises(ValueError, match=r"rank 9215 of 1\.self_attn\.q_proj: expected 0 .* or null"):
+        allocate("file", asked)
 
 
 # Removing whole parts
