@@ -282,12 +282,63 @@ def test_adasvd_is_its_formula() -> None:
     )
 
 
+def numpy_of(measure: str, name: str) -> list[Any]:
+    return [block[name].numpy() for block in MEASURES[measure]]
+
+
+def stretched(values: Any) -> Any:
+    return (values - values.min()) / (values.max() - values.min())
+
+
+@pytest.mark.parametrize("ratio", [0.6, 0.9])
+@pytest.mark.parametrize(("name", "power"), [("dipsvd", 1), ("dipsvd_inverted", -1)])
+def test_dipsvd_is_its_formula(name: str, power: int, ratio: float) -> None:
+    """S^0.3 U^0.7, each in 0..1; within 0.25 of the ratio, between 0.3 and 0.98, scaled to the mean."""
+    gradients = np.array([sum(float(x) for x in block.values()) for block in MEASURES["relative_gradients"]])
+    # Quarters of six blocks.
+    for quarter in ([0, 1], [2, 3], [4], [5]):
+        gradients[quarter] = gradients[quarter] / np.mean(gradients[quarter])
+    ranks = []
+    for singular in numpy_of("profile", "singular"):
+        enough = [k for k in range(1, len(singular) + 1) if singular[:k].sum() >= 0.95 * singular.sum()]
+        ranks.append(min(enough))
+    assert len(set(ranks)) > 3 and len(set(gradients.round(6))) > 3
+    sensitivity = stretched(gradients if power == 1 else 1 / gradients) + 1e-5
+    rank = stretched(power * np.array(ranks)) + 1e-5
+    score = stretched(sensitivity**0.3 * rank**0.7)
+    wanted = np.maximum(ratio - 0.25 + 0.5 * score, 0.3)
+    expected = wanted * ratio / wanted.mean()
+    for _ in range(100):  # what the bound cuts off goes to the others in proportion
+        below = expected < 0.98
+        expected = np.where(
+            below, wanted * (BLOCKS * ratio - 0.98 * (~below).sum()) / wanted[below].sum(), 0.98
+        )
+        expected = np.minimum(expected, 0.98)
+    assert expected.min() > 0.3 and (ratio == 0.6 or (expected == 0.98).any())
+    shares = allocate(name, problem(ratio)).notes["shares"]
+    assert shares == pytest.approx([float(expected[layer.block]) for layer in LAYERS])
+
+
 def test_dipsvd_and_its_code_pull_in_opposite_directions() -> None:
     right, inverted = (allocate(name, problem(0.6)).notes["shares"] for name in ("dipsvd", "dipsvd_inverted"))
     # Later blocks are more sensitive and of higher rank.
     assert right[-1] > right[0] and inverted[-1] < inverted[0]
     for shares in (right, inverted):
         assert all(0.3 - 1e-9 <= share <= 0.98 + 1e-9 for share in shares)
+
+
+@pytest.mark.parametrize("ratio", [0.4, 0.6])
+def test_swift_is_its_formula(ratio: float) -> None:
+    """Half the ratio, and the other half in proportion to β^0.6 log(e + ε)^0.4 within a type of linear."""
+    beta = 1 + stretched(np.array([1 - float(block["cosine"]) for block in MEASURES["profile"]]))
+    shares = allocate("swift", problem(ratio)).notes["shares"]
+    for name in SHAPES:
+        norm = np.sqrt([spectrum.sum() for spectrum in numpy_of("spectra", name)])
+        score = beta**0.6 * np.log(np.e + norm) ** 0.4
+        expected = ratio / 2 * (1 + score / score.mean())
+        assert expected.max() < 1
+        own = [share for layer, share in zip(LAYERS, shares, strict=True) if layer.name == name]
+        assert own == pytest.approx(list(expected))
 
 
 def test_swift_gives_influential_blocks_more_and_everyone_half() -> None:
@@ -301,6 +352,19 @@ def test_swift_gives_influential_blocks_more_and_everyone_half() -> None:
     shares = allocate("swift", problem(0.6, spectra=equal)).notes["shares"]
     own = [share for layer, share in zip(LAYERS, shares, strict=True) if "q_proj" in layer.name]
     assert own == sorted(own, reverse=True) and own[0] > own[-1]
+
+
+def test_effective_rank_is_its_formula() -> None:
+    """exp of the entropy of normalised singular values of W X, relative to full rank, over all linears."""
+    weights = []
+    for layer in LAYERS:
+        singular = np.sqrt(MEASURES["spectra"][layer.block][layer.name].numpy())
+        p = singular / singular.sum()
+        weights.append(np.exp(-sum(x * np.log(x) for x in p)) / min(layer.shape))
+    sizes = np.array([rows * columns for rows, columns in (layer.shape for layer in LAYERS)])
+    expected = 0.4 * np.array(weights) * sizes.sum() / (np.array(weights) * sizes).sum()
+    assert expected.max() < 1 and expected.max() > 1.3 * expected.min()
+    assert allocate("effective_rank", problem(0.4)).notes["shares"] == pytest.approx(list(expected))
 
 
 def test_effective_rank_follows_the_entropy() -> None:
