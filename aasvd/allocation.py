@@ -243,13 +243,18 @@ def lorap(problem: Problem) -> Floats:
     The paper has square attention matrices: (v, o) keep 1.5 r and (q, k) 0.5 r, and where v and o would be
     dense, q and k get the rest. This is the same for matrices of any shape.
     """
-    high = {"v_proj", "o_proj", "out_proj"}
-    low = {"q_proj", "k_proj"}
-    leaves = [layer.name.rpartition(".")[2] for layer in problem.layers]
-    if not high & set(leaves) or not low & set(leaves):
+    parts = [layer.name.rpartition(".") for layer in problem.layers]
+    leaves = [leaf for _, _, leaf in parts]
+    # Phi's o is called `dense`, a name that some models' MLPs have too: it stands where q does.
+    beside = {path for path, _, leaf in parts if leaf == "q_proj"}
+    outputs = np.array(
+        [leaf in ("o_proj", "out_proj") or (leaf == "dense" and path in beside) for path, _, leaf in parts]
+    )
+    if not {"q_proj", "k_proj", "v_proj"} <= set(leaves) or not outputs.any():
         raise ValueError("LoRAP's split needs q, k, v and o as linears of their own, and this model has none")
-    attention = np.array([leaf in high | low for leaf in leaves])
-    weights = np.array([_LORAP_IMBALANCE if leaf in high else 1.0 for leaf in leaves])
+    high = outputs | np.array([leaf == "v_proj" for leaf in leaves])
+    attention = high | np.array([leaf in ("q_proj", "k_proj") for leaf in leaves])
+    weights = np.where(high, _LORAP_IMBALANCE, 1.0)
     shares = np.full(len(leaves), problem.ratio)
     shares[attention] = spread(weights[attention], _sizes(problem.layers)[attention], problem.ratio)
     return shares

@@ -240,8 +240,27 @@ def test_lorap_keeps_three_times_as_much_of_v_and_o() -> None:
     assert low == pytest.approx(0.6, abs=0.02)
 
 
-def test_lorap_needs_separate_attention_linears() -> None:
-    layers = [Layer(0, "attention.query_key_value", (96, 32))]
+def test_lorap_finds_the_output_of_attention_by_where_it_stands() -> None:
+    """Phi calls it `dense`; other models call a linear of their MLP so."""
+    shapes = {"self_attn.q_proj": (64, 64), "self_attn.k_proj": (64, 64), "self_attn.v_proj": (64, 64)}
+    phi = {**shapes, "self_attn.dense": (64, 64), "mlp.fc1": (128, 64), "mlp.dense": (64, 128)}
+    layers = [Layer(block, name, shape) for block in range(2) for name, shape in phi.items()]
+    shares = allocate("lorap", Problem(layers, 0.5, {}, COMPRESSION)).notes["shares"]
+    assert shares == pytest.approx([0.25, 0.25, 0.75, 0.75, 0.5, 0.5] * 2)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["attention.query_key_value", "attention.dense"],
+        ["attn.q_proj", "attn.v_proj", "attn.o_proj"],
+        ["attn.q_proj", "attn.k_proj", "attn.v_proj"],
+        ["attn.q_proj", "attn.k_proj", "attn.v_proj", "mlp.dense"],
+        ["attn.kv_proj", "attn.q_proj", "attn.o_proj"],
+    ],
+)
+def test_lorap_needs_separate_attention_linears(names: list[str]) -> None:
+    layers = [Layer(0, name, (96, 32)) for name in names]
     with pytest.raises(ValueError, match="LoRAP's split needs q, k, v and o"):
         allocate("lorap", Problem(layers, 0.5, {}, COMPRESSION))
 
