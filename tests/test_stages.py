@@ -239,6 +239,33 @@ def test_objectives_on_original_inputs_read_no_activations(
         assert len(load_file(run.path(f"solved{block}"))) == 2 * 7
 
 
+@pytest.mark.parametrize(("buckets", "made", "warned"), [(2, 2, False), (3, 3, True), (32, 3, True)])
+def test_buckets_of_one_sequence_are_reported(
+    chain: Callable[..., Chain], buckets: int, made: int, warned: bool
+) -> None:
+    """Averages of one sequence are the sequence: AdaSVD would be SVD-LLM (W) without a word."""
+    run = chain("llama")
+    run.original()
+    stages.average_block(
+        source=run.path("source.json"),
+        inputs=run.path("x0"),
+        output=run.path("buckets"),
+        record=run.path("average.json"),
+        index=0,
+        buckets=buckets,
+        seed=0,
+        settings=CALIBRATION,
+        log=run.log,
+    )
+    assert read_json(Path(run.path("average.json")))["buckets"] == made
+    assert ("each is a bucket of its own" in Path(run.log).read_text()) == warned
+    averaged, whole = (read_tensors(Path(run.path(name)), device=CPU) for name in ("buckets", "c0"))
+    name = "gram:mlp.down_proj"
+    # The same passes, one sequence at a time.
+    same = torch.allclose(averaged[name], whole[name], rtol=1e-4, atol=1e-4 * float(whole[name].abs().max()))
+    assert same == warned
+
+
 def test_asvd_tries_every_linear_alone_at_six_ratios(chain: Callable[..., Chain]) -> None:
     """Against a plain implementation on the whole model: scale by (mean |x|)^0.5, truncate, scale back."""
     run = chain("llama")
