@@ -9,11 +9,11 @@ import pyarrow.parquet as pq
 
 from aasvd import tables
 from aasvd.artifacts import replacing
+from aasvd.results import compresses
 from aasvd.tables import Table, number, percent
 
 Row = dict[str, Any]
 
-_MEASURING = ("perplexity", "accuracy")
 _NAMES = ("method", "variant", "source", "refined")
 
 
@@ -33,7 +33,6 @@ def dense_row(result: Mapping[str, Any]) -> Row:
 def run_row(result: Mapping[str, Any], *, method: str, variant: str) -> Row:
     """Return the table's row of a run, from its eval.json."""
     counts, average = result["parameters"], result["average"].get("acc")
-    compressing = [s for stage, s in result["seconds"].items() if not stage.startswith(_MEASURING)]
     return {
         "method": method,
         "variant": variant,
@@ -45,8 +44,9 @@ def run_row(result: Mapping[str, Any], *, method: str, variant: str) -> Row:
         **_measured(result, "compressed"),
         # As in the papers: the share of the dense model's average that is lost.
         **({"drop": average["relative_drop"]} if average else {}),
-        "seconds": sum(compressing),
+        "seconds": sum(seconds for stage, seconds in result["seconds"].items() if compresses(stage)),
         "peak_memory_mb": result["peak_memory_mb"],
+        "peak_device_memory_mb": result["peak_device_memory_mb"],
     }
 
 
@@ -59,8 +59,9 @@ def measured_note(left_out: Mapping[tuple[str, str], str]) -> str:
     return (
         "Without a variant, a method is as params.yaml declares it; a variant that changes nothing of a "
         "method has no row. Ratios are shares kept of the blocks' linears (kept_linears) and of all "
-        "parameters (kept_model). Seconds are those of all stages that a run uses, shared ones too, "
-        "measurements left out. Averages of accuracy are over the tasks measured on both models; drop is "
+        "parameters (kept_model). Seconds are the sum and peak memory (host, device) the "
+        "maximum over the stages that made a checkpoint, those that runs share too, without fetching and "
+        "measuring. Averages of accuracy are over the tasks measured on both models; drop is "
         "the share of the dense one that is lost. A measurement that failed is –."
         + "".join(f" Left out: {method} {variant}: {why}." for (method, variant), why in left_out.items())
     )

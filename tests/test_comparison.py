@@ -16,12 +16,19 @@ RESULT: dict[str, Any] = {
     "perplexity": {"a_b": {"dense": 20.0, "compressed": 50.0}},
     "accuracy": ACCURACY,
     "average": results.average(ACCURACY),
-    "seconds": {"solve": 3.0, "capture": 4.0, "perplexity": 100.0, "accuracy piqa": 100.0},
+    "seconds": {
+        "fetch model": 50.0,
+        "solve": 3.0,
+        "capture": 4.0,
+        "perplexity": 100.0,
+        "accuracy piqa": 100.0,
+    },
     "peak_memory_mb": 123.0,
+    "peak_device_memory_mb": 45.0,
 }
 
 
-# methods.md section 14, as it stands there: at 0.8/0.6/0.4, perplexity and average accuracy.
+# methods.md section 14, as it stands there: at 0.8/0.6/0.4, perplexity and average accuracy; dense last.
 TABLE = """
 | SVD | 20061/52489/105474 | – | 18800/47774/106976 | .03/.03/.01 | SVD-LLM v5 |
 | FWSVD | 1727/18156/32194 | – | 1511/12847/29292 | .08/.04/.02 | SVD-LLM v5 |
@@ -62,6 +69,7 @@ def test_a_row_is_what_the_run_measured() -> None:
     dense, run = rows()
     assert run["kept_linears"] == 0.5995 and run["kept_model"] == 0.75 and run["seconds"] == 7.0
     assert run["refined"] is True and "refined" not in dense
+    assert (run["peak_memory_mb"], run["peak_device_memory_mb"]) == (123.0, 45.0)
     assert run["perplexity a_b"] == 50.0 and dense["perplexity a_b"] == 20.0
     assert run["accuracy average"] == pytest.approx(0.525)
     assert run["drop"] == pytest.approx(1 - 0.525 / 0.7)

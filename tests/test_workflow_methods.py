@@ -74,6 +74,22 @@ def test_a_comparison_makes_all_its_runs(another: Copy) -> None:
         if method != "dense":
             # One rank of the tiny model's smallest linear is 0.2 % of all linears.
             assert 0.598 < row["kept_linears"] <= 0.6
+    # What ASVD costs is what its stages say, the dense model's conversion and evaluation left out.
+    keys = another.evaluation("tiny_r0.6_asvd_norefine")["provenance"]["keys"]
+    made = [
+        json.loads(file.read_text())
+        for pattern in (
+            f"original/tiny/{keys['calibration']}/embed.json",
+            f"original/tiny/{keys['calibration']}/block_*/capture.json",
+            f"compressed/tiny/{keys['calibration']}/{keys['compression']}/**/*.json",
+        )
+        for file in another.folder.glob(f"results/artifacts/{pattern}")
+    ]
+    stages = [record for record in made if "peak_memory_mb" in record]
+    assert len(stages) == 1 + BLOCKS + 1 + BLOCKS + 1  # embed, capture, allocate, solve, assemble
+    for name in ("peak_memory_mb", "peak_device_memory_mb"):
+        assert measured["asvd"][name] == max(record[name] for record in stages)
+    assert measured["asvd"]["seconds"] == pytest.approx(sum(record["seconds"] for record in stages))
     reported = [row for row in table if row["source"].startswith("reported: ")]
     assert {row["ratio"] for row in reported} == {0.6, 1.0}
     for name in ("html", "md", "tex"):

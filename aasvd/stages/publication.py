@@ -69,8 +69,7 @@ def publish(
             **results.side_by_side(*measured),
             "evaluation": run.settings["evaluation"],
             "seconds": _seconds(everything),
-            "peak_memory_mb": max(entry["peak_memory_mb"] for entry in everything),
-            "peak_device_memory_mb": max(entry["peak_device_memory_mb"] for entry in everything),
+            **results.peaks(made),
             "provenance": {
                 "versions": versions(),
                 "keys": keys,
