@@ -75,25 +75,22 @@ def _measured(result: Mapping[str, Any], side: str) -> Row:
 
 
 def reported_rows(published: Mapping[str, Any], ratios: Sequence[float]) -> list[Row]:
-    """Return the rows of numbers that others report, marked as such, dense first."""
-    dense = {"system": "dense", "ratio": 1.0, **published["dense"]}
-    rows = []
-    for entry in [dense, *published["rows"]]:
-        if entry["ratio"] in (1.0, *ratios):
-            texts = {
-                f"perplexity {text}": entry[text] for text in ("wikitext2", "ptb", "c4") if text in entry
-            }
-            rows.append(
-                {
-                    "method": entry["system"],
-                    "variant": "",
-                    "source": f"reported: {published['sources'][entry['source']]}",
-                    "ratio": entry["ratio"],
-                    **texts,
-                    "accuracy average": entry["accuracy"],
-                }
-            )
-    return rows
+    """Return the rows of numbers that others report, marked as such, with what their sources give."""
+    measured = {
+        **{f"perplexity {text}": text for text in ("wikitext2", "ptb", "c4")},
+        "accuracy average": "accuracy",
+    }
+    return [
+        {
+            "method": entry["system"],
+            "variant": "",
+            "source": f"reported: {published['sources'][entry['source']]}",
+            "ratio": entry["ratio"],
+            **{column: entry[name] for column, name in measured.items() if name in entry},
+        }
+        for entry in published["rows"]
+        if entry["ratio"] in (1.0, *ratios)
+    ]
 
 
 def columns(rows: Iterable[Row]) -> list[str]:
