@@ -51,6 +51,11 @@ class Layer(NamedTuple):
     shape: tuple[int, int]
 
     @property
+    def label(self) -> str:
+        """Its name among all linears of the model, as in ranks.json."""
+        return f"{self.block}.{self.name}"
+
+    @property
     def size(self) -> int:
         """Its number of parameters when dense."""
         return self.shape[0] * self.shape[1]
@@ -120,9 +125,14 @@ def allocate(name: str, problem: Problem) -> Allocation:
     if name not in ALLOCATIONS:
         raise ValueError(f"unknown allocation {name!r}; there are {', '.join(ALLOCATIONS)}")
     if name in SHARES:
-        shares = SHARES[name](problem)
-        return Allocation(round_shares(problem, shares), {"shares": [float(share) for share in shares]})
+        return _rounded(problem, SHARES[name](problem), {})
     return RANKS[name](problem)
+
+
+def _rounded(problem: Problem, shares: Floats, notes: dict[str, Any]) -> Allocation:
+    """Return the ranks of shares, which its notes hold too."""
+    listed = [float(share) for share in shares]
+    return Allocation(round_shares(problem, shares), {"shares": listed, **notes})
 
 
 # --- from shares to ranks ---------------------------------------------------------------------------------
@@ -297,26 +307,6 @@ def strs(problem: Problem) -> Floats:
     return spread(shares_after(low), sizes, problem.ratio)
 
 
-def svdllm_v2(problem: Problem) -> Floats:
-    """SVD-LLM V2: within each type, what is removed is in proportion to 1 / log(loss at the uniform ratio).
-
-    Paper: log L, which is negative for losses below 1. Here: log(1 + L), with L = ‖W X − W' X‖ over all
-    calibration tokens. What its rule removes beyond 95 % of a matrix is taken from the others of its type.
-    """
-
-    def shares(layers: list[Layer]) -> Floats:
-        scores = []
-        for layer in layers:
-            rank = problem.rank(layer, problem.ratio) or min(layer.shape)
-            loss = math.sqrt(float(problem.of_layer("spectra", layer)[rank:].sum()))
-            scores.append(1 / max(math.log1p(loss), 1e-12))
-        removed = 1 - problem.ratio
-        high = max(_V2_LARGEST_REMOVAL, removed)
-        return 1 - spread(np.array(scores), _sizes(layers), removed, high=high)
-
-    return _by_type(problem, shares)
-
-
 def effective_rank(problem: Problem) -> Floats:
     """Shares in proportion to the effective rank of each linear's outputs, exp of the spectrum's entropy.
 
@@ -335,6 +325,10 @@ def swift(problem: Problem) -> Floats:
 
     β in [1, 2] is the block's influence, 1 − cos(input, output); ε the norm of the linear's outputs over
     the calibration tokens, as in the code.
+
+    Code: the floor is a quarter of the ratio's share of the full rank and the score has log(1 + ε). Here:
+    the paper's floor and logarithm. Paper: α is the best of an 11-point grid on validation text. Here: the
+    0.6 that it reports, so that no evaluation decides.
     """
     influence = 1 - np.array([float(x) for x in problem.of_blocks("profile", "cosine")])
     beta = 1 + _scaled(influence)
@@ -375,7 +369,12 @@ def dobi(problem: Problem) -> Floats:
 
 
 def dipsvd(problem: Problem) -> Floats:
-    """DipSVD: a block keeps more, the more sensitive the loss and the higher the rank of its outputs."""
+    """DipSVD: a block keeps more, the more sensitive the loss and the higher the rank of its outputs.
+
+    What the paper says it wants; its code has both signs the other way round (`dipsvd_inverted`) and takes
+    gradients on 26 short texts. Here: on the calibration text. Its scripts have β = 0.3 or 0.25 and widths
+    of 0.25 or 0.2: the former of each.
+    """
     return _dipsvd(problem, sign=1)
 
 
@@ -410,7 +409,6 @@ SHARES: dict[str, Callable[[Problem], Floats]] = {
         uniform,
         lorap,
         strs,
-        svdllm_v2,
         effective_rank,
         swift,
         adasvd,
@@ -422,6 +420,34 @@ SHARES: dict[str, Callable[[Problem], Floats]] = {
 
 
 # --- rules that give ranks --------------------------------------------------------------------------------
+
+
+def svdllm_v2(problem: Problem) -> Allocation:
+    """SVD-LLM V2: within each type, what is removed is in proportion to 1 / log(loss at the uniform ratio).
+
+    Paper: log L, which is negative for losses below 1. Here: log(1 + L), with L = ‖W X − W' X‖ over all
+    calibration tokens. What its rule removes beyond 95 % of a matrix is taken from the others of its type.
+    The notes name the linears on which either mattered.
+    """
+    below_one: list[str] = []
+    capped: list[str] = []
+
+    def shares(layers: list[Layer]) -> Floats:
+        scores = []
+        for layer in layers:
+            rank = problem.rank(layer, problem.ratio) or min(layer.shape)
+            loss = math.sqrt(float(problem.of_layer("spectra", layer)[rank:].sum()))
+            scores.append(1 / max(math.log1p(loss), 1e-12))
+            if loss < 1:
+                below_one.append(layer.label)
+        removed = 1 - problem.ratio
+        high = max(_V2_LARGEST_REMOVAL, removed)
+        found = spread(np.array(scores), _sizes(layers), removed, high=high)
+        capped.extend(layer.label for layer, gone in zip(layers, found, strict=True) if gone >= high)
+        return 1 - found
+
+    found = _by_type(problem, shares)
+    return _rounded(problem, found, {"losses_below_one": below_one, "removals_capped": capped})
 
 
 def optimal(problem: Problem) -> Allocation:
@@ -475,7 +501,7 @@ def from_file(problem: Problem) -> Allocation:
         raise ValueError(f"{path}: {error}; expected JSON, such as a run's ranks.json") from error
     given = found.get("ranks", found) if isinstance(found, dict) else None
     given = given if isinstance(given, dict) else {}
-    names = [f"{layer.block}.{layer.name}" for layer in problem.layers]
+    names = [layer.label for layer in problem.layers]
     if difference := sorted(set(given) ^ set(names)):
         raise ValueError(
             f"{path}: expected an object with the rank of all {len(names)} linears, such as {names[0]!r}; "
@@ -525,7 +551,7 @@ def blockpruner(problem: Problem) -> Allocation:
     Paper: a number of them. Here: as few, in that order, as meet the budget.
     """
     (measured,) = problem.measures["removal"]
-    places = [measured.get(f"{layer.block}.{layer.name}") for layer in problem.layers]
+    places = [measured.get(layer.label) for layer in problem.layers]
     parts = [
         [index for index, own in enumerate(places) if own is not None and int(own) == place]
         for place in range(len(measured["perplexity"]))
@@ -549,6 +575,7 @@ def _remove(problem: Problem, parts: Sequence[Sequence[int]], notes: dict[str, A
 
 
 RANKS: dict[str, Callable[[Problem], Allocation]] = {
+    "svdllm_v2": svdllm_v2,
     "optimal": optimal,
     "file": from_file,
     "shortgpt": shortgpt,

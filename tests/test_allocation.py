@@ -292,6 +292,22 @@ def test_v2_removes_less_of_what_loses_more_and_each_type_keeps_the_ratio() -> N
         assert own == pytest.approx(1 - 0.4 * len(own) * scores / scores.sum())
 
 
+def test_v2_says_where_its_rule_had_to_be_mended() -> None:
+    """Where log(loss) would be negative, and where more than 95 % would be removed."""
+    notes = allocate("svdllm_v2", problem(0.8)).notes
+    assert notes["losses_below_one"] == notes["removals_capped"] == []
+    spectra = [dict(block) for block in MEASURES["spectra"]]
+    rank = math.floor(0.8 * 256 * 96 / (256 + 96))
+    for block, loss in ((1, 0.5), (4, 1e-6)):
+        values = spectra[block]["mlp.up_proj"]
+        spectra[block]["mlp.up_proj"] = values * loss**2 / values[rank:].sum()
+    notes = allocate("svdllm_v2", problem(0.8, spectra=spectra)).notes
+    assert notes["losses_below_one"] == ["1.mlp.up_proj", "4.mlp.up_proj"]
+    assert notes["removals_capped"] == ["4.mlp.up_proj"]
+    shares = dict(zip([layer.label for layer in LAYERS], notes["shares"], strict=True))
+    assert shares["4.mlp.up_proj"] == pytest.approx(0.05)
+
+
 def test_adasvd_is_its_formula() -> None:
     similarity = np.array([float(block["cosine"]) for block in MEASURES["profile"]])
     expected = 0.48 + similarity / similarity.mean() * (0.6 - 0.48)
