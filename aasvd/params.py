@@ -132,10 +132,11 @@ def validate(config: Config) -> None:
         raise ValueError(f"params.yaml: {twice[0]} is both a method and a variant; rename one")
     for name in config["runs"]:
         parse_run(config, name)
-    for kind in ("methods", "variants"):
-        for name in config["comparison"][kind]:
-            if name or kind == "methods":  # "" stands for no variant
-                choose(name, config[kind], kind[:-1])
+    for compared in [config["comparison"], *config["comparisons"].values()]:
+        for kind in ("methods", "variants"):
+            for name in compared[kind]:
+                if name or kind == "methods":  # "" stands for no variant
+                    choose(name, config[kind], kind[:-1])
 
 
 class Comparison(NamedTuple):
@@ -155,7 +156,7 @@ class Comparison(NamedTuple):
 
 
 def parse_comparison(config: Config, name: str) -> Comparison:
-    """Return the runs of a comparison `<model>_r<ratio>[-<ratio>...]`: every method with every variant.
+    """Return the runs of a comparison `[<table>/]<model>_r<ratio>[-<ratio>...]`: all methods, all variants.
 
     A variant that changes nothing of a method, or the same as one before it, makes no run of its own, so
     that no model stands in the table twice under one method. What does not go together is left out.
@@ -164,16 +165,16 @@ def parse_comparison(config: Config, name: str) -> Comparison:
         ValueError: If the name has another form, a variant would make all methods the same, or no run is
             left.
     """
-    model, separator, ratios = name.rpartition("_r")
+    table, named, runs_of = name.rpartition("/")
+    model, separator, ratios = runs_of.rpartition("_r")
     if not separator:
-        raise ValueError(f"comparison {name!r} must have the form <model>_r<ratio>[-<ratio>...]")
-    compared = config["comparison"]
+        raise ValueError(f"comparison {name!r} must have the form [<table>/]<model>_r<ratio>[-<ratio>...]")
+    compared = choose(table, config["comparisons"], "comparison") if named else config["comparison"]
     for variant in compared["variants"]:
-        changed = config["variants"].get(variant, {}).get("compression", {})
-        if "objective" in changed:
+        if "objective" in config["variants"].get(variant, {}).get("compression", {}):
             raise ValueError(
-                f"comparison.variants: {variant!r} sets compression.objective to {changed['objective']!r}, "
-                "which would make one of all methods; '' shows each method as it is declared"
+                f"comparison {name!r}: variant {variant!r} sets compression.objective, which "
+                "would make one of all methods; an empty variant shows each method as it is declared"
             )
     runs: dict[tuple[str, str, str], Run] = {}
     left_out: dict[tuple[str, str], str] = {}

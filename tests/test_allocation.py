@@ -208,7 +208,8 @@ def test_optimal_gives_large_linears_even_ranks_and_loses_hardly_anything(ratio:
 
 
 @pytest.mark.parametrize("ratio", [0.4, 0.6, 0.8])
-def test_no_other_allocation_loses_less_than_optimal(ratio: float) -> None:
+def test_no_other_allocation_is_worth_more_by_what_optimal_maximises(ratio: float) -> None:
+    """That its search misses nothing; what it does to a model's loss is in `test_allocation_measured.py`."""
     best = loss_of(allocate("optimal", problem(ratio)).ranks, LAYERS, MEASURES["influence"])
     for name in FROM_MEASURES:
         other = loss_of(allocate(name, problem(ratio)).ranks, LAYERS, MEASURES["influence"])

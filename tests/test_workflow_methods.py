@@ -95,6 +95,9 @@ def test_a_comparison_makes_all_its_runs(another: Copy) -> None:
     for name in ("html", "md", "tex"):
         text = another.path(f"results/compare/tiny_r0.6.{name}").read_text()
         assert "saes-svd" in text and "SAES-SVD" in text
+    # Another table by its name: ten rules of allocation at the same objective and budget.
+    plan = Counter(another.planned("results/compare/allocations/tiny_r0.6.html"))
+    assert (plan["compare"], plan["publish"], plan["allocate"]) == (1, 10, 10)
     drawing = another.path("results/compare/tiny_r0.6.svg").read_text().partition("<svg")[2]
     assert drawing in another.path("results/compare/tiny_r0.6.html").read_text()
 
