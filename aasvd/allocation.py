@@ -34,7 +34,7 @@ _ADASVD_MINIMUM = 0.8
 # DipSVD: weight of the sensitivity, width of the ratios around the target, and their bounds.
 _DIPSVD_BETA, _DIPSVD_WIDTH, _DIPSVD_BOUNDS = 0.3, 0.25, (0.3, 0.98)
 _DIPSVD_ENERGY = 0.95
-# How closely ranks from a file have to meet the budget.
+# How far ranks from a file may stay below the budget, relative to it.
 _TOLERANCE = 1e-3
 # The coarsest step between the ranks that `optimal` chooses from: rows of a matrix unit's tile.
 _COARSEST_STEP = 16
@@ -49,6 +49,11 @@ class Layer(NamedTuple):
     block: int
     name: str
     shape: tuple[int, int]
+
+    @property
+    def label(self) -> str:
+        """Its name among all linears of the model, as in ranks.json."""
+        return f"{self.block}.{self.name}"
 
     @property
     def size(self) -> int:
@@ -120,9 +125,14 @@ def allocate(name: str, problem: Problem) -> Allocation:
     if name not in ALLOCATIONS:
         raise ValueError(f"unknown allocation {name!r}; there are {', '.join(ALLOCATIONS)}")
     if name in SHARES:
-        shares = SHARES[name](problem)
-        return Allocation(round_shares(problem, shares), {"shares": [float(share) for share in shares]})
+        return _rounded(problem, SHARES[name](problem), {})
     return RANKS[name](problem)
+
+
+def _rounded(problem: Problem, shares: Floats, notes: dict[str, Any]) -> Allocation:
+    """Return the ranks of shares, which its notes hold too."""
+    listed = [float(share) for share in shares]
+    return Allocation(round_shares(problem, shares), {"shares": listed, **notes})
 
 
 # --- from shares to ranks ---------------------------------------------------------------------------------
@@ -243,13 +253,18 @@ def lorap(problem: Problem) -> Floats:
     The paper has square attention matrices: (v, o) keep 1.5 r and (q, k) 0.5 r, and where v and o would be
     dense, q and k get the rest. This is the same for matrices of any shape.
     """
-    high = {"v_proj", "o_proj", "out_proj"}
-    low = {"q_proj", "k_proj"}
-    leaves = [layer.name.rpartition(".")[2] for layer in problem.layers]
-    if not high & set(leaves) or not low & set(leaves):
+    parts = [layer.name.rpartition(".") for layer in problem.layers]
+    leaves = [leaf for _, _, leaf in parts]
+    # Phi's o is called `dense`, a name that some models' MLPs have too: it stands where q does.
+    beside = {path for path, _, leaf in parts if leaf == "q_proj"}
+    outputs = np.array(
+        [leaf in ("o_proj", "out_proj") or (leaf == "dense" and path in beside) for path, _, leaf in parts]
+    )
+    if not {"q_proj", "k_proj", "v_proj"} <= set(leaves) or not outputs.any():
         raise ValueError("LoRAP's split needs q, k, v and o as linears of their own, and this model has none")
-    attention = np.array([leaf in high | low for leaf in leaves])
-    weights = np.array([_LORAP_IMBALANCE if leaf in high else 1.0 for leaf in leaves])
+    high = outputs | np.array([leaf == "v_proj" for leaf in leaves])
+    attention = high | np.array([leaf in ("q_proj", "k_proj") for leaf in leaves])
+    weights = np.where(high, _LORAP_IMBALANCE, 1.0)
     shares = np.full(len(leaves), problem.ratio)
     shares[attention] = spread(weights[attention], _sizes(problem.layers)[attention], problem.ratio)
     return shares
@@ -292,26 +307,6 @@ def strs(problem: Problem) -> Floats:
     return spread(shares_after(low), sizes, problem.ratio)
 
 
-def svdllm_v2(problem: Problem) -> Floats:
-    """SVD-LLM V2: within each type, what is removed is in proportion to 1 / log(loss at the uniform ratio).
-
-    Paper: log L, which is negative for losses below 1. Here: log(1 + L), with L = ‖W X − W' X‖ over all
-    calibration tokens. What its rule removes beyond 95 % of a matrix is taken from the others of its type.
-    """
-
-    def shares(layers: list[Layer]) -> Floats:
-        scores = []
-        for layer in layers:
-            rank = problem.rank(layer, problem.ratio) or min(layer.shape)
-            loss = math.sqrt(float(problem.of_layer("spectra", layer)[rank:].sum()))
-            scores.append(1 / max(math.log1p(loss), 1e-12))
-        removed = 1 - problem.ratio
-        high = max(_V2_LARGEST_REMOVAL, removed)
-        return 1 - spread(np.array(scores), _sizes(layers), removed, high=high)
-
-    return _by_type(problem, shares)
-
-
 def effective_rank(problem: Problem) -> Floats:
     """Shares in proportion to the effective rank of each linear's outputs, exp of the spectrum's entropy.
 
@@ -330,6 +325,10 @@ def swift(problem: Problem) -> Floats:
 
     β in [1, 2] is the block's influence, 1 − cos(input, output); ε the norm of the linear's outputs over
     the calibration tokens, as in the code.
+
+    Code: the floor is a quarter of the ratio's share of the full rank and the score has log(1 + ε). Here:
+    the paper's floor and logarithm. Paper: α is the best of an 11-point grid on validation text. Here: the
+    0.6 that it reports, so that no evaluation decides.
     """
     influence = 1 - np.array([float(x) for x in problem.of_blocks("profile", "cosine")])
     beta = 1 + _scaled(influence)
@@ -370,7 +369,12 @@ def dobi(problem: Problem) -> Floats:
 
 
 def dipsvd(problem: Problem) -> Floats:
-    """DipSVD: a block keeps more, the more sensitive the loss and the higher the rank of its outputs."""
+    """DipSVD: a block keeps more, the more sensitive the loss and the higher the rank of its outputs.
+
+    What the paper says it wants; its code has both signs the other way round (`dipsvd_inverted`) and takes
+    gradients on 26 short texts. Here: on the calibration text. Its scripts have β = 0.3 or 0.25 and widths
+    of 0.25 or 0.2: the former of each.
+    """
     return _dipsvd(problem, sign=1)
 
 
@@ -405,7 +409,6 @@ SHARES: dict[str, Callable[[Problem], Floats]] = {
         uniform,
         lorap,
         strs,
-        svdllm_v2,
         effective_rank,
         swift,
         adasvd,
@@ -417,6 +420,34 @@ SHARES: dict[str, Callable[[Problem], Floats]] = {
 
 
 # --- rules that give ranks --------------------------------------------------------------------------------
+
+
+def svdllm_v2(problem: Problem) -> Allocation:
+    """SVD-LLM V2: within each type, what is removed is in proportion to 1 / log(loss at the uniform ratio).
+
+    Paper: log L, which is negative for losses below 1. Here: log(1 + L), with L = ‖W X − W' X‖ over all
+    calibration tokens. What its rule removes beyond 95 % of a matrix is taken from the others of its type.
+    The notes name the linears on which either mattered.
+    """
+    below_one: list[str] = []
+    capped: list[str] = []
+
+    def shares(layers: list[Layer]) -> Floats:
+        scores = []
+        for layer in layers:
+            rank = problem.rank(layer, problem.ratio) or min(layer.shape)
+            loss = math.sqrt(float(problem.of_layer("spectra", layer)[rank:].sum()))
+            scores.append(1 / max(math.log1p(loss), 1e-12))
+            if loss < 1:
+                below_one.append(layer.label)
+        removed = 1 - problem.ratio
+        high = max(_V2_LARGEST_REMOVAL, removed)
+        found = spread(np.array(scores), _sizes(layers), removed, high=high)
+        capped.extend(layer.label for layer, gone in zip(layers, found, strict=True) if gone >= high)
+        return 1 - found
+
+    found = _by_type(problem, shares)
+    return _rounded(problem, found, {"losses_below_one": below_one, "removals_capped": capped})
 
 
 def optimal(problem: Problem) -> Allocation:
@@ -461,30 +492,39 @@ def from_file(problem: Problem) -> Allocation:
     """Ranks from a JSON file: an object of linears (`<block>.<name>`) and ranks, null for dense.
 
     Raises:
-        ValueError: If the file does not fit the model or the budget.
+        ValueError: If the file is no JSON, or does not fit the model, the storage or the budget.
     """
     path = Path(problem.compression["ranks_file"]).expanduser()
-    found = json.loads(path.read_text())
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; expected JSON, such as a run's ranks.json") from error
     given = found.get("ranks", found) if isinstance(found, dict) else None
-    names = [f"{layer.block}.{layer.name}" for layer in problem.layers]
-    if not isinstance(given, dict) or set(given) != set(names):
-        difference = sorted(set(given or ()) ^ set(names))
+    given = given if isinstance(given, dict) else {}
+    names = [layer.label for layer in problem.layers]
+    if difference := sorted(set(given) ^ set(names)):
         raise ValueError(
             f"{path}: expected an object with the rank of all {len(names)} linears, such as {names[0]!r}; "
             f"{difference[0]!r} is missing or unknown"
         )
     for layer, name in zip(problem.layers, names, strict=True):
-        rank, largest = given[name], COSTS[problem.storage].largest(*layer.shape)
+        rank, pruned = (
+            given[name],
+            problem.storage == "pruned",
+        )  # which has no ranks: all of a linear or nothing
+        largest = 0 if pruned else COSTS[problem.storage].largest(*layer.shape)
         if rank is not None and (type(rank) is not int or not 0 <= rank <= largest):
+            ranks_of_others = "" if pruned else f"1 to {largest}, "
             raise ValueError(
-                f"{path}: rank {rank!r} of {name}: expected 1 to {largest}, 0 to remove it, or null"
+                f"{path}: rank {rank!r} of {name}: expected {ranks_of_others}0 to remove it, or null"
             )
     ranks: list[int | None] = [given[name] for name in names]
-    kept = problem.stored(ranks) / sum(layer.size for layer in problem.layers)
-    if abs(kept - problem.ratio) > _TOLERANCE * problem.ratio:
+    stored = problem.stored(ranks)
+    if not (1 - _TOLERANCE) * problem.budget <= stored <= problem.budget:
+        kept = math.ceil(1e5 * stored / sum(layer.size for layer in problem.layers)) / 1e5
         raise ValueError(
-            f"{path}: its ranks keep {kept:.4f} of the parameters, not {problem.ratio:g}: ask for that ratio "
-            f"(results/<model>_r{kept:.4f}_...)"
+            f"{path}: its ranks keep {kept:g} of the parameters, not {problem.ratio:g} or a little less: "
+            f"ask for that ratio (results/<model>_r{kept:g}_...)"
         )
     return Allocation(ranks, {})
 
@@ -511,7 +551,7 @@ def blockpruner(problem: Problem) -> Allocation:
     Paper: a number of them. Here: as few, in that order, as meet the budget.
     """
     (measured,) = problem.measures["removal"]
-    places = [measured.get(f"{layer.block}.{layer.name}") for layer in problem.layers]
+    places = [measured.get(layer.label) for layer in problem.layers]
     parts = [
         [index for index, own in enumerate(places) if own is not None and int(own) == place]
         for place in range(len(measured["perplexity"]))
@@ -535,6 +575,7 @@ def _remove(problem: Problem, parts: Sequence[Sequence[int]], notes: dict[str, A
 
 
 RANKS: dict[str, Callable[[Problem], Allocation]] = {
+    "svdllm_v2": svdllm_v2,
     "optimal": optimal,
     "file": from_file,
     "shortgpt": shortgpt,

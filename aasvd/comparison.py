@@ -9,11 +9,12 @@ import pyarrow.parquet as pq
 
 from aasvd import tables
 from aasvd.artifacts import replacing
+from aasvd.results import compresses
 from aasvd.tables import Table, number, percent
 
 Row = dict[str, Any]
 
-_MEASURING = ("perplexity", "accuracy")
+_NAMES = ("method", "variant", "source", "refined")
 
 
 def dense_row(result: Mapping[str, Any]) -> Row:
@@ -32,20 +33,38 @@ def dense_row(result: Mapping[str, Any]) -> Row:
 def run_row(result: Mapping[str, Any], *, method: str, variant: str) -> Row:
     """Return the table's row of a run, from its eval.json."""
     counts, average = result["parameters"], result["average"].get("acc")
-    compressing = [s for stage, s in result["seconds"].items() if not stage.startswith(_MEASURING)]
     return {
         "method": method,
         "variant": variant,
         "source": "measured",
+        "refined": result["refined"],
         "ratio": result["ratio"]["target"],
         "kept_linears": result["ratio"]["achieved"],
         "kept_model": counts["compressed"] / counts["dense"],
         **_measured(result, "compressed"),
         # As in the papers: the share of the dense model's average that is lost.
         **({"drop": average["relative_drop"]} if average else {}),
-        "seconds": sum(compressing),
+        "seconds": sum(seconds for stage, seconds in result["seconds"].items() if compresses(stage)),
         "peak_memory_mb": result["peak_memory_mb"],
+        "peak_device_memory_mb": result["peak_device_memory_mb"],
     }
+
+
+def measured_note(left_out: Mapping[tuple[str, str], str]) -> str:
+    """Return what is to be said above the measured rows.
+
+    Args:
+        left_out: By method and variant, why there is no such row.
+    """
+    return (
+        "Without a variant, a method is as params.yaml declares it; a variant that changes nothing of a "
+        "method has no row. Ratios are shares kept of the blocks' linears (kept_linears) and of all "
+        "parameters (kept_model). Seconds are the sum and peak memory (host, device) the "
+        "maximum over the stages that made a checkpoint, those that runs share too, without fetching and "
+        "measuring. Averages of accuracy are over the tasks measured on both models; drop is "
+        "the share of the dense one that is lost. A measurement that failed is –."
+        + "".join(f" Left out: {method} {variant}: {why}." for (method, variant), why in left_out.items())
+    )
 
 
 def _measured(result: Mapping[str, Any], side: str) -> Row:
@@ -56,25 +75,22 @@ def _measured(result: Mapping[str, Any], side: str) -> Row:
 
 
 def reported_rows(published: Mapping[str, Any], ratios: Sequence[float]) -> list[Row]:
-    """Return the rows of numbers that others report, marked as such, dense first."""
-    dense = {"system": "dense", "ratio": 1.0, **published["dense"]}
-    rows = []
-    for entry in [dense, *published["rows"]]:
-        if entry["ratio"] in (1.0, *ratios):
-            texts = {
-                f"perplexity {text}": entry[text] for text in ("wikitext2", "ptb", "c4") if text in entry
-            }
-            rows.append(
-                {
-                    "method": entry["system"],
-                    "variant": "",
-                    "source": f"reported: {published['sources'][entry['source']]}",
-                    "ratio": entry["ratio"],
-                    **texts,
-                    "accuracy average": entry["accuracy"],
-                }
-            )
-    return rows
+    """Return the rows of numbers that others report, marked as such, with what their sources give."""
+    measured = {
+        **{f"perplexity {text}": text for text in ("wikitext2", "ptb", "c4")},
+        "accuracy average": "accuracy",
+    }
+    return [
+        {
+            "method": entry["system"],
+            "variant": "",
+            "source": f"reported: {published['sources'][entry['source']]}",
+            "ratio": entry["ratio"],
+            **{column: entry[name] for column, name in measured.items() if name in entry},
+        }
+        for entry in published["rows"]
+        if entry["ratio"] in (1.0, *ratios)
+    ]
 
 
 def columns(rows: Iterable[Row]) -> list[str]:
@@ -86,6 +102,8 @@ def columns(rows: Iterable[Row]) -> list[str]:
 def _cell(name: str, value: Any) -> str:
     if isinstance(value, str):
         return value
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     if name.startswith("accuracy") or name == "drop":
         return percent(value) + ("" if value is None else " %")
     if name == "ratio":
@@ -96,7 +114,7 @@ def _cell(name: str, value: Any) -> str:
 def _table(title: str, rows: Sequence[Row], note: str) -> Table:
     names = columns(rows)
     cells = [[_cell(name, row.get(name)) for name in names] for row in rows]
-    return Table(title, names, cells, [note], names=3)
+    return Table(title, names, cells, [note], names=sum(name in _NAMES for name in names))
 
 
 def write(

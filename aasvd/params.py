@@ -132,36 +132,65 @@ def validate(config: Config) -> None:
         raise ValueError(f"params.yaml: {twice[0]} is both a method and a variant; rename one")
     for name in config["runs"]:
         parse_run(config, name)
-    for kind in ("methods", "variants"):
-        for name in config["comparison"][kind]:
-            choose(name, config[kind], kind[:-1])
+    for compared in [config["comparison"], *config["comparisons"].values()]:
+        for kind in ("methods", "variants"):
+            for name in compared[kind]:
+                if name or kind == "methods":  # "" stands for no variant
+                    choose(name, config[kind], kind[:-1])
 
 
 class Comparison(NamedTuple):
-    """One table: a model's runs, by method, variant and ratio."""
+    """One table: a model's runs.
+
+    Attributes:
+        model: Name in the registry.
+        ratios: Retained-parameter ratios.
+        runs: By method, variant ("" for the method as it is declared) and ratio as written.
+        left_out: By method and variant, why there is no such run.
+    """
 
     model: str
     ratios: list[float]
     runs: dict[tuple[str, str, str], Run]
+    left_out: dict[tuple[str, str], str]
 
 
 def parse_comparison(config: Config, name: str) -> Comparison:
-    """Return the runs of a comparison `<model>_r<ratio>[-<ratio>...]`.
+    """Return the runs of a comparison `[<table>/]<model>_r<ratio>[-<ratio>...]`: all methods, all variants.
+
+    A variant that changes nothing of a method, or the same as one before it, makes no run of its own, so
+    that no model stands in the table twice under one method. What does not go together is left out.
 
     Raises:
-        ValueError: If the name has another form, or a run in it is not possible.
+        ValueError: If the name has another form, a variant would make all methods the same, or no run is
+            left.
     """
-    model, separator, ratios = name.rpartition("_r")
+    table, named, runs_of = name.rpartition("/")
+    model, separator, ratios = runs_of.rpartition("_r")
     if not separator:
-        raise ValueError(f"comparison {name!r} must have the form <model>_r<ratio>[-<ratio>...]")
-    settings = config["comparison"]
-    runs = {
-        (method, variant, ratio): parse_run(config, f"{model}_r{ratio}_{method}_{variant}")
-        for ratio in ratios.split("-")
-        for method in settings["methods"]
-        for variant in settings["variants"]
-    }
-    return Comparison(model, [float(ratio) for ratio in ratios.split("-")], runs)
+        raise ValueError(f"comparison {name!r} must have the form [<table>/]<model>_r<ratio>[-<ratio>...]")
+    compared = choose(table, config["comparisons"], "comparison") if named else config["comparison"]
+    for variant in compared["variants"]:
+        if "objective" in config["variants"].get(variant, {}).get("compression", {}):
+            raise ValueError(
+                f"comparison {name!r}: variant {variant!r} sets compression.objective, which "
+                "would make one of all methods; an empty variant shows each method as it is declared"
+            )
+    runs: dict[tuple[str, str, str], Run] = {}
+    left_out: dict[tuple[str, str], str] = {}
+    for ratio, method in itertools.product(ratios.split("-"), compared["methods"]):
+        shown: list[dict[str, Any]] = []
+        for variant in compared["variants"]:
+            parts = filter(None, (f"{model}_r{ratio}", method, variant))
+            run = _read_run(config, "_".join(parts))
+            if conflict := _conflict(run.settings):
+                left_out[method, variant] = conflict
+            elif run.settings not in shown:
+                runs[method, variant, ratio] = run
+                shown.append(run.settings)
+    if not runs:
+        raise ValueError(f"comparison {name!r} has no run: {', '.join(left_out.values())}")
+    return Comparison(model, [float(ratio) for ratio in ratios.split("-")], runs, left_out)
 
 
 def _texts(section: Config) -> Iterable[str]:

@@ -74,7 +74,8 @@ def summary(result: Mapping[str, Any], *, model: str) -> str:
     lines = [
         table._replace(columns=(result["run"], *table.columns[1:])).text(),
         f"kept {ratio['achieved']:.4f} of the linears' parameters (asked: {ratio['target']:g}) in "
-        f"{sum(result['seconds'].values()):.0f} s of stages, with at most {result['peak_memory_mb']:.0f} MB",
+        f"{sum(result['seconds'].values()):.0f} s of stages; compressing took at most "
+        f"{result['peak_memory_mb']:.0f} MB",
         *table.notes[1:],
         f"the compressed model lies in {model}",
     ]

@@ -134,6 +134,23 @@ def average(accuracy: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def compresses(stage: str) -> bool:
+    """Return whether a stage counts as compressing a model, by its name: not fetching nor measuring one."""
+    return not stage.startswith(("fetch", "perplexity", "accuracy"))
+
+
+def peaks(records: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """Return the most memory in MB that any stage which compresses took, of the host and of the device.
+
+    Args:
+        records: Records of all stages that made a checkpoint; conversion of what was fetched is left out.
+    """
+    counted = [record for record in records if compresses(record["stage"])]
+    return {
+        name: max(record[name] for record in counted) for name in ("peak_memory_mb", "peak_device_memory_mb")
+    }
+
+
 def blocks(records: Iterable[Mapping[str, Any]]) -> list[dict[str, float]]:
     """Return the distortion of every block's output: solved, where refinement followed, and as it ended up.
 

@@ -89,10 +89,11 @@ def fitted_to(target: Callable[[Layer], Tensor], inputs: Callable[[Layer], Tenso
 
 
 def dipsvd_scale(layer: Layer) -> Tensor:
-    """The strongest channel (3 % of fewer than 34) counts 30 times."""
+    """The strongest 3 % of the channels, one at least, count 30 times."""
     gram = layer.x @ layer.x.T
     scale = torch.ones(len(gram), dtype=torch.float64)
-    scale[gram.square().sum(0).argmax()] = 30
+    strongest = gram.square().sum(0).argsort(descending=True)
+    scale[strongest[: {200: 6}.get(len(gram), 1)]] = 30
     return scale
 
 
@@ -127,6 +128,19 @@ LOSSES: dict[str, Callable[[Layer, Tensor], Tensor]] = {
     "dipsvd_code": fitted_to(dipsvd_code_inputs, dipsvd_code_inputs),
     "loss_aware": kfac,
 }
+
+
+@pytest.mark.parametrize("name", ["dipsvd_paper", "dipsvd_code"])
+def test_dipsvd_scales_three_percent_of_the_channels(name: str) -> None:
+    """Of 200 channels six: neither one, as in the small layers, nor five or seven."""
+    layer = Layer((6, 200))
+    scale = dipsvd_scale(layer)
+    assert int((scale == 30).sum()) == 6
+    inputs = scale[:, None] * layer.x if name == "dipsvd_paper" else dipsvd_code_inputs(layer)
+    singular = torch.linalg.svdvals(layer.weight @ inputs).square()
+    for rank in (1, 3, 5):
+        found = float(LOSSES[name](layer, layer.fitted(name, rank)))
+        assert found == pytest.approx(float(singular[rank:].sum()), rel=1e-9)
 
 
 def test_registries_agree() -> None:

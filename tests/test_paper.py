@@ -32,6 +32,7 @@ def finished_copy(tmp_path_factory: pytest.TempPathFactory) -> Copy:
     copy = workflow_copy.create(tmp_path_factory.mktemp("paper") / "finished", runs=["default"])
     settings = copy.params()
     settings["comparison"]["variants"] = ["norefine"]
+    settings["comparisons"] = {}
     settings["variants"] = {
         "norefine": {"refinement": {"epochs": 0}},
         "few": {"calibration": {"sequences": 4}},

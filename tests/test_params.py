@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from aasvd import params
+from aasvd import methods, params
 
 ROOT = Path(__file__).parent.parent
 Config = dict[str, Any]
@@ -149,7 +149,7 @@ def test_a_mistake_is_one_line_that_names_the_key(
     with pytest.raises(ValueError, match=message) as raised:
         params.validate(config)
     assert "\n" not in str(raised.value)
-    assert len(str(raised.value)) < 500
+    assert len(str(raised.value)) < 700  # names of all methods and variants among them
 
 
 def test_a_missing_key_is_named(config: Config) -> None:
@@ -285,6 +285,110 @@ def test_ratios_written_in_two_ways_share_their_artifacts(local: Config) -> None
         == where(paths(local, "mine_r.6"))
     )
     assert paths(local, "mine_r0.60").compressed.name.startswith("r0.6-")
+
+
+# --- comparisons ------------------------------------------------------------------------------------------
+
+
+def compared(
+    config: Config, methods: list[str], variants: list[str], ratios: str = "0.6"
+) -> params.Comparison:
+    config["comparison"] = {"methods": methods, "variants": variants}
+    params.validate(config)
+    return params.parse_comparison(config, f"llama7b_r{ratios}")
+
+
+def test_a_comparison_shows_methods_as_they_are_declared(config: Config) -> None:
+    """Published recipes stand beside common refinement, in the runs that anybody asks for by name."""
+    found = compared(config, ["aa-svd", "svd", "aasvd"], ["", "norefine", "refine"], "0.8-0.4")
+    assert {key: run.name for key, run in found.runs.items() if key[2] == "0.8"} == {
+        ("aa-svd", "", "0.8"): "llama7b_r0.8_aa-svd",
+        ("aa-svd", "norefine", "0.8"): "llama7b_r0.8_aa-svd_norefine",
+        ("aa-svd", "refine", "0.8"): "llama7b_r0.8_aa-svd_refine",
+        # Declared without refinement, and with the common one: the same models are not there twice.
+        ("svd", "", "0.8"): "llama7b_r0.8_svd",
+        ("svd", "refine", "0.8"): "llama7b_r0.8_svd_refine",
+        ("aasvd", "", "0.8"): "llama7b_r0.8_aasvd",
+        ("aasvd", "norefine", "0.8"): "llama7b_r0.8_aasvd_norefine",
+    }
+    assert found.ratios == [0.8, 0.4] and len(found.runs) == 14 and not found.left_out
+    published = found.runs["aa-svd", "", "0.4"].settings["refinement"]
+    assert (published["optimizer"], published["epochs"], published["batch"]) == ("adamw", 25, 32)
+
+
+def test_the_papers_calibration_stands_beside_the_common_one(config: Config) -> None:
+    found = compared(config, ["fwsvd", "blockpruner"], ["", "as-published"])
+    settings = {key[:2]: run.settings for key, run in found.runs.items()}
+    assert len(settings) == 4
+    for method in ("fwsvd", "blockpruner"):
+        own, published = settings[method, ""], settings[method, "as-published"]
+        assert published["calibration"] == own["calibration"] | {
+            "text": "wikitext2", "sequences": 256, "tokens": 2048, "gradients": 0,
+        }  # fmt: skip
+        assert published["compression"] == own["compression"] | {"probe": 32}
+        assert published["refinement"] == own["refinement"]
+
+
+def test_the_shipped_comparison_shows_every_method_as_declared_and_published(config: Config) -> None:
+    found = params.parse_comparison(config, "smollm2-135m_r0.6")
+    shown = config["comparison"]["methods"]
+    assert [method for method, variant, _ in found.runs if not variant] == shown
+    for method in shown:
+        refined = {
+            bool(run.settings["refinement"]["epochs"]) for key, run in found.runs.items() if key[0] == method
+        }
+        assert refined == {True, False}
+    own = [(key[0], run.settings) for key, run in found.runs.items()]
+    assert all(a != b for a, b in itertools.combinations(own, 2))
+
+
+def test_what_does_not_go_together_is_left_out_of_a_comparison(config: Config) -> None:
+    found = compared(config, ["svd", "wanda-sp"], ["", "optimal"])
+    assert {key[:2] for key in found.runs} == {("svd", ""), ("svd", "optimal"), ("wanda-sp", "")}
+    assert set(found.left_out) == {("wanda-sp", "optimal")}
+    assert "wanda_sp does not go with compression.allocation optimal" in found.left_out["wanda-sp", "optimal"]
+    with pytest.raises(ValueError, match=r"'llama7b_r0\.6' has no run: .*wanda_sp does not go with"):
+        compared(config, ["wanda-sp"], ["optimal"])
+
+
+def test_one_comparison_shows_every_rule_of_allocation(config: Config) -> None:
+    """At one objective, storage and budget, unrefined: all that differs is the ranks."""
+    found = params.parse_comparison(config, "allocations/smollm2-135m_r0.6")
+    rules = [run.settings["compression"]["allocation"] for run in found.runs.values()]
+    # Ranks from a file are not a rule, whole parts go with no objective, and trained positions take hours.
+    others = {"file", "dobi", *methods.REMOVING}
+    assert set(rules) == set(methods.ALLOCATIONS) - others and len(rules) == len(set(rules))
+    for run in found.runs.values():
+        run.settings["compression"]["allocation"] = ""
+    first, *more = [run.settings for run in found.runs.values()]
+    assert all(settings == first for settings in more)
+    assert first["compression"]["objective"] == "input_aware" and first["compression"]["storage"] == "factors"
+    assert first["refinement"]["epochs"] == 0
+    # They do not make the ablation of the paper longer.
+    ablation = {"compression": ["objective", "blend", "ridge", "allocation"], "refinement": ["epochs"]}
+    assert not [name for name in params.variants_of(config, ablation) if name.startswith("alloc-")]
+    with pytest.raises(ValueError, match=r"unknown comparison 'ranks'; params\.yaml has allocations"):
+        params.parse_comparison(config, "ranks/smollm2-135m_r0.6")
+
+
+@pytest.mark.parametrize("variant", ["paper", "anchored", "agnostic-norefine"])
+def test_a_variant_that_makes_one_of_all_methods_is_refused(config: Config, variant: str) -> None:
+    with pytest.raises(ValueError, match=rf"variant '{variant}' sets compression\.objective, "):
+        compared(config, ["svd", "asvd"], ["norefine", variant])
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "message"),
+    [
+        ("methods", "", "unknown method ''"),
+        ("methods", "norefine", "unknown method 'norefine'"),
+        ("variants", "svd", "unknown variant 'svd'"),
+    ],
+)
+def test_a_comparison_names_what_there_is(config: Config, kind: str, name: str, message: str) -> None:
+    config["comparison"][kind] = [name]
+    with pytest.raises(ValueError, match=message):
+        params.validate(config)
 
 
 # --- keys -------------------------------------------------------------------------------------------------

@@ -57,6 +57,21 @@ def test_average_is_over_the_tasks_that_both_models_have() -> None:
     assert results.average({}) == {"tasks": 0, "of": 0}
 
 
+def test_peak_memory_is_that_of_compression() -> None:
+    """Not of conversion, nor of the dense model's evaluation, which holds the whole model."""
+    records = [
+        {"stage": stage, "peak_memory_mb": host, "peak_device_memory_mb": device}
+        for stage, host, device in [
+            ("fetch model", 9000.0, 0.0),
+            ("capture block 0", 300.0, 70.0),
+            ("refine block 0", 400.0, 60.0),
+            ("perplexity wikitext2", 5000.0, 900.0),
+            ("accuracy piqa", 5000.0, 900.0),
+        ]
+    ]
+    assert results.peaks(records) == {"peak_memory_mb": 400.0, "peak_device_memory_mb": 70.0}
+
+
 def result(run: str, **changes: Any) -> dict[str, Any]:
     return {
         "run": run, "model": "m", "method": "aasvd", "objective": "anchored", "refined": True,

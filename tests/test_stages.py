@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 import torch
-from architectures import TINY, tiny_model
+from architectures import TINY, linears, tiny_model
 from safetensors.torch import load_file
 from stored import TOKENS, describe, random_tokens
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -237,6 +237,89 @@ def test_objectives_on_original_inputs_read_no_activations(
             log=run.log,
         )
         assert len(load_file(run.path(f"solved{block}"))) == 2 * 7
+
+
+@pytest.mark.parametrize(("buckets", "made", "warned"), [(2, 2, False), (3, 3, True), (32, 3, True)])
+def test_buckets_of_one_sequence_are_reported(
+    chain: Callable[..., Chain], buckets: int, made: int, warned: bool
+) -> None:
+    """Averages of one sequence are the sequence: AdaSVD would be SVD-LLM (W) without a word."""
+    run = chain("llama")
+    run.original()
+    stages.average_block(
+        source=run.path("source.json"),
+        inputs=run.path("x0"),
+        output=run.path("buckets"),
+        record=run.path("average.json"),
+        index=0,
+        buckets=buckets,
+        seed=0,
+        settings=CALIBRATION,
+        log=run.log,
+    )
+    assert read_json(Path(run.path("average.json")))["buckets"] == made
+    assert ("each is a bucket of its own" in Path(run.log).read_text()) == warned
+    averaged, whole = (read_tensors(Path(run.path(name)), device=CPU) for name in ("buckets", "c0"))
+    name = "gram:mlp.down_proj"
+    # The same passes, one sequence at a time.
+    same = torch.allclose(averaged[name], whole[name], rtol=1e-4, atol=1e-4 * float(whole[name].abs().max()))
+    assert same == warned
+
+
+def test_asvd_tries_every_linear_alone_at_six_ratios(chain: Callable[..., Chain]) -> None:
+    """Against a plain implementation on the whole model: scale by (mean |x|)^0.5, truncate, scale back."""
+    run = chain("llama")
+    files = []
+    for block in range(run.original()):
+        files.append(run.path(f"sensitivity{block}"))
+        stages.measure_block(
+            source=run.path("source.json"),
+            covariances=run.path(f"c{block}"),
+            gradients=None,
+            fisher=None,
+            tokens=run.path("tokens.parquet"),
+            inputs=run.path(f"x{block}"),
+            outputs=None,
+            output=files[-1],
+            record=run.path(f"sensitivity{block}.json"),
+            index=block,
+            measure="sensitivity-2",
+            settings=CALIBRATION,
+            log=run.log,
+        )
+    model, ids = tiny_model("llama"), random_tokens(3)
+    inputs: dict[str, torch.Tensor] = {}
+    for name, linear in linears(model).items():
+        linear.register_forward_pre_hook(lambda _, given, name=name: inputs.update({name: given[0]}))
+    with torch.no_grad():
+        model(ids)
+        scales = {name: x.double().abs().mean((0, 1)).sqrt() for name, x in inputs.items()}
+        for name, linear in linears(model).items():
+            _, _, block, inner = name.split(".", 3)
+            found = read_tensors(Path(files[int(block)]), device=CPU)[inner]
+            dense, (m, n) = linear.weight.data, linear.weight.shape
+            u, s, v = torch.linalg.svd(dense.double() * scales[name], full_matrices=False)
+            for value, ratio in zip(found, (0.4, 0.5, 0.6, 0.7, 0.8, 0.9), strict=True):
+                rank = int(ratio * m * n / (m + n) + 1e-9)
+                linear.weight.data = ((u[:, :rank] * s[:rank]) @ v[:rank] / scales[name]).float()
+                logits = model(ids[:2]).logits[:, :-1].flatten(0, 1)
+                loss = torch.nn.functional.cross_entropy(logits, ids[:2, 1:].flatten())
+                assert float(value) == pytest.approx(float(loss.exp()), rel=1e-4)
+            linear.weight.data = dense
+    stages.allocate(
+        outline=run.path("outline.json"),
+        measured={"sensitivity-2": files},
+        positions=None,
+        output=run.path("ranks.json"),
+        record=run.path("allocate.json"),
+        parameter_ratio=0.7,
+        compression={**COMPRESSION, "allocation": "strs", "storage": "factors", "probe": 2},
+        log=run.log,
+    )
+    described = read_json(Path(run.path("allocate.json")))
+    # One direction of a linear of 32 x 48 is 0.5 % of the tiny model's linears.
+    assert 0.7 - 0.005 < described["achieved"] <= 0.7
+    assert len({*read_json(Path(run.path("ranks.json")))["ranks"].values()}) > 3
 
 
 @pytest.mark.parametrize(

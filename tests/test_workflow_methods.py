@@ -74,11 +74,30 @@ def test_a_comparison_makes_all_its_runs(another: Copy) -> None:
         if method != "dense":
             # One rank of the tiny model's smallest linear is 0.2 % of all linears.
             assert 0.598 < row["kept_linears"] <= 0.6
+    # What ASVD costs is what its stages say, the dense model's conversion and evaluation left out.
+    keys = another.evaluation("tiny_r0.6_asvd_norefine")["provenance"]["keys"]
+    made = [
+        json.loads(file.read_text())
+        for pattern in (
+            f"original/tiny/{keys['calibration']}/embed.json",
+            f"original/tiny/{keys['calibration']}/block_*/capture.json",
+            f"compressed/tiny/{keys['calibration']}/{keys['compression']}/**/*.json",
+        )
+        for file in another.folder.glob(f"results/artifacts/{pattern}")
+    ]
+    stages = [record for record in made if "peak_memory_mb" in record]
+    assert len(stages) == 1 + BLOCKS + 1 + BLOCKS + 1  # embed, capture, allocate, solve, assemble
+    for name in ("peak_memory_mb", "peak_device_memory_mb"):
+        assert measured["asvd"][name] == max(record[name] for record in stages)
+    assert measured["asvd"]["seconds"] == pytest.approx(sum(record["seconds"] for record in stages))
     reported = [row for row in table if row["source"].startswith("reported: ")]
     assert {row["ratio"] for row in reported} == {0.6, 1.0}
     for name in ("html", "md", "tex"):
         text = another.path(f"results/compare/tiny_r0.6.{name}").read_text()
         assert "saes-svd" in text and "SAES-SVD" in text
+    # Another table by its name: ten rules of allocation at the same objective and budget.
+    plan = Counter(another.planned("results/compare/allocations/tiny_r0.6.html"))
+    assert (plan["compare"], plan["publish"], plan["allocate"]) == (1, 10, 10)
     drawing = another.path("results/compare/tiny_r0.6.svg").read_text().partition("<svg")[2]
     assert drawing in another.path("results/compare/tiny_r0.6.html").read_text()
 
@@ -99,7 +118,7 @@ def test_a_comparison_makes_all_its_runs(another: Copy) -> None:
 def test_pruning_methods_are_methods_as_all_others(another: Copy) -> None:
     """In one table, from the same originals; the search of BlockPruner is made once for all ratios."""
     methods = ["shortgpt", "blockpruner", "wanda-sp"]
-    another.change(evaluation={"tasks": []}, comparison={"methods": methods, "variants": ["norefine"]})
+    another.change(evaluation={"tasks": []}, comparison={"methods": methods, "variants": ["", "optimal"]})
     ran = Counter(finished(another.make("--", "results/compare/tiny_r0.6.html")))
     assert ran["order_branches"] == 1
     assert ran["measure_block"] == BLOCKS  # ShortGPT's influence of blocks
@@ -107,18 +126,20 @@ def test_pruning_methods_are_methods_as_all_others(another: Copy) -> None:
     assert not set(ran) & ORIGINALS
     table = pq.read_table(another.path("results/compare/tiny_r0.6.parquet")).to_pylist()
     rows = {row["method"]: row for row in table if row["source"] == "measured"}
+    page = another.path("results/compare/tiny_r0.6.html").read_text()
     for method in methods:
+        assert f"Left out: {method} optimal: compression.objective" in page
         assert math.isfinite(rows[method]["perplexity made-up"])
         assert rows[method]["kept_linears"] <= 0.6
-        result = another.evaluation(f"tiny_r0.6_{method}_norefine")
+        result = another.evaluation(f"tiny_r0.6_{method}")
         assert result["storage"] == "pruned"
         assert result["bytes"]["compressed"] < result["bytes"]["dense"]
     assert rows["shortgpt"]["kept_linears"] == pytest.approx(1 / 3)
     # Less than one neuron below: three vectors in each block.
     weights = result["parameters"]["linears"]["dense"] / BLOCKS
     assert rows["wanda-sp"]["kept_linears"] > 0.6 - 3 * WIDTH / weights
-    assert "order branches" in another.evaluation("tiny_r0.6_blockpruner_norefine")["seconds"]
-    card = another.path("results/tiny_r0.6_shortgpt_norefine/model/README.md").read_text()
+    assert "order branches" in another.evaluation("tiny_r0.6_blockpruner")["seconds"]
+    card = another.path("results/tiny_r0.6_shortgpt/model/README.md").read_text()
     assert "numbers that stay" in card and "tags: [aasvd, pruned]" in card
     plan = another.planned("results/tiny_r0.8_blockpruner_refine/eval.json")
     assert "refine_block" in plan and "order_branches" not in plan

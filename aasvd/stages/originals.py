@@ -1,5 +1,6 @@
 """Stages of the original side: what the dense model does with the calibration tokens."""
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from aasvd.covariance import pack
 from aasvd.device import compute_device, compute_dtype
 from aasvd.stages.loading import Block, too_long
 from aasvd.stages.stage import PASSES, stage
+
+_logger = logging.getLogger(__name__)
 
 
 def sample_calibration(
@@ -182,19 +185,31 @@ def average_block(
     settings: Mapping[str, Any],
     log: str,
 ) -> None:
-    """Run one original block for the covariances of inputs averaged over buckets of sequences (AdaSVD)."""
-    with stage(f"average block {index}", log=Path(log), record=Path(record), advice=PASSES):
+    """Run one original block for the covariances of inputs averaged over buckets of sequences (AdaSVD).
+
+    Buckets hold as many sequences each, but for the last: there are at most as many as asked for.
+    """
+    with stage(f"average block {index}", log=Path(log), record=Path(record), advice=PASSES) as measured:
         x = Activations(Path(inputs))
         around = Block(source, index, settings, record=record)
         arguments = around.arguments(x)
         groups = around.groups(x, arguments)
         # The same buckets in every block.
         order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
+        sequences = [some.tolist() for some in order.chunk(buckets)]
+        measured["buckets"] = len(sequences)
+        if len(sequences) == len(x):
+            _logger.warning(
+                "compression.buckets %d for %d calibration sequences: each is a bucket of its own, nothing "
+                "is averaged, and what adasvd fits to are the inputs themselves, as in input_aware",
+                buckets,
+                len(x),
+            )
         grams = compress.bucket_grams(
             around.original(),
             groups,
             inputs=x,
-            buckets=[some.tolist() for some in order.chunk(buckets)],
+            buckets=sequences,
             arguments=arguments,
             device=around.device,
         )

@@ -69,8 +69,7 @@ def publish(
             **results.side_by_side(*measured),
             "evaluation": run.settings["evaluation"],
             "seconds": _seconds(everything),
-            "peak_memory_mb": max(entry["peak_memory_mb"] for entry in everything),
-            "peak_device_memory_mb": max(entry["peak_device_memory_mb"] for entry in everything),
+            **results.peaks(made),
             "provenance": {
                 "versions": versions(),
                 "keys": keys,
@@ -144,13 +143,7 @@ def compare(
                     theirs, compared.ratios
                 ),
             },
-            notes=[
-                "Ratios are shares kept of the blocks' linears (kept_linears) and of all parameters "
-                "(kept_model). Seconds are those of all stages that a run uses, shared ones too, "
-                "measurements left out. Averages of accuracy are over the tasks measured on both models; "
-                "drop is the share of the dense one that is lost. A measurement that failed is –.",
-                theirs["note"],
-            ],
+            notes=[comparison.measured_note(compared.left_out), theirs["note"]],
             figure=Path(figure),
             page=Path(page),
             markdown=Path(markdown),

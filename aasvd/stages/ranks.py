@@ -193,7 +193,7 @@ def allocate(
         stored = problem.stored(ranks)
         achieved = stored / sum(layer.size for layer in layers)
         described |= {"budget": problem.budget, "stored": stored, "achieved": achieved, **notes}
-        named = {f"{layer.block}.{layer.name}": rank for layer, rank in zip(layers, ranks, strict=True)}
+        named = {layer.label: rank for layer, rank in zip(layers, ranks, strict=True)}
         write_json(Path(output), {"ranks": named})
         dense = sum(rank is None for rank in ranks)
         tqdm.write(f"allocated ranks to {len(layers)} linears, {dense} dense: {achieved:.4f} kept")

@@ -47,7 +47,7 @@ rule compare:
     log:
         "logs/compare/{comparison}.log",
     wildcard_constraints:
-        comparison=r"[A-Za-z0-9][A-Za-z0-9._-]*_r[0-9.]+(-[0-9.]+)*",
+        comparison=r"([A-Za-z0-9-]+/)?[A-Za-z0-9][A-Za-z0-9._-]*_r[0-9.]+(-[0-9.]+)*",
     params:
         compared=comparison_of,
         shown=compared,
