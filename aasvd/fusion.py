@@ -17,10 +17,10 @@ from aasvd.lowrank import CompressedLinear, product
 
 
 class _Latents(NamedTuple):
-    """Latents of all layers of a group, and the input that they belong to."""
+    """Latents of all layers of a group, the input that they belong to, its version and the stack's."""
 
     x: Tensor
-    version: int
+    versions: tuple[int, int]
     parts: tuple[Tensor, ...]
 
 
@@ -51,17 +51,19 @@ class Stacked:
         weight = _weight(layer)
         # One token's product is bound by memory in float32: several small ones take no longer than one.
         one = x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() == x.shape[-1]
-        if torch.compiler.is_compiling() or torch.is_grad_enabled() or x.is_inference() or one:
+        silent = x.is_inference() or self._weight.is_inference()
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or silent or one:
             return product(x, weight)
         index = self._layers.index(layer)
         if weight.data_ptr() != self._addresses[index]:
             self.dissolve()
             return product(x, weight)
         latest = self._latest
-        # The version tells whether x was written to since.
-        if latest is None or latest.x is not x or latest.version != x._version:
+        # The versions tell whether x or a parameter, all of which are views of the stack, was written to.
+        versions = x._version, self._weight._version
+        if latest is None or latest.x is not x or latest.versions != versions:
             parts = torch.split(product(x, self._weight), self._ranks, dim=-1)
-            latest = _Latents(x, x._version, tuple(parts))
+            latest = _Latents(x, versions, tuple(parts))
         # The last layer lets go of the activations.
         self._latest = None if index == len(self._layers) - 1 else latest
         return latest.parts[index]

@@ -91,9 +91,27 @@ def test_what_is_remembered_is_never_stale() -> None:
     torch.testing.assert_close(second(x), x @ second.dense().T)
     first(x)
     torch.testing.assert_close(second(x + 1), (x + 1) @ second.dense().T)
-    first(x)
-    first.v.mul_(3)  # the stack is the same memory, but its latents were computed before
-    torch.testing.assert_close(first(x.clone()), x @ first.dense().T)
+    for layer in (first, second):
+        first(x)
+        # The stack is the same memory, but its latents were computed before.
+        layer.v.mul_(3)
+        torch.testing.assert_close(layer(x), x @ layer.dense().T)
+    with torch.inference_mode():
+        first(x)
+        second.v.mul_(3)
+        torch.testing.assert_close(second(x), x @ second.dense().T)
+
+
+@torch.inference_mode()
+def test_layers_made_in_inference_mode_compute_their_own() -> None:
+    first, _, _ = pair()
+    x = torch.randn(4, 8)
+    with torch.inference_mode(False), torch.no_grad():
+        x = x.clone()
+        for _ in range(2):
+            torch.testing.assert_close(first(x), x @ first.dense().T)
+            with torch.inference_mode():
+                first.v.mul_(3)  # of which its version says nothing
 
 
 @torch.no_grad()
