@@ -6,11 +6,13 @@ The layers' own parameters become views of the stacked weight, so nothing is sto
 `save_pretrained` writes the same bytes.
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from aasvd.capture import sharing
 from aasvd.lowrank import CompressedLinear, product
@@ -84,9 +86,9 @@ def _weight(layer: CompressedLinear) -> nn.Parameter:
 def fuse(model: Any) -> list[list[str]]:
     """Fuse the first products of all low-rank linears of a transformers model that share an input.
 
-    `from_pretrained` does it by itself. It calls the model once, with one token, to see who shares an
-    input. Layers whose weights are made from codes, or not all in memory, on one device and in one type,
-    stay as they are; do it again after moving or casting a model.
+    `from_pretrained` does it by itself. It calls the model once, with one token and plain attention, to see
+    who shares an input. Layers whose weights are made from codes, or not all in memory, on one device and in
+    one type, stay as they are; do it again after moving or casting a model.
 
     Returns:
         The module names of each fused group, in the order in which they are called.
@@ -96,12 +98,14 @@ def fuse(model: Any) -> list[list[str]]:
         for name, module in model.named_modules()
         if isinstance(module, CompressedLinear) and module.DOWN is not None
     }
+    if not layers:
+        return []
     for layer in layers.values():
         layer.shared = None
     training = model.training
     model.eval()
     token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
-    with torch.no_grad(), sharing(layers) as groups:
+    with torch.no_grad(), _plain_attention(model), sharing(layers) as groups:
         # Also of a model with another head, which may want more than tokens.
         model.base_model(input_ids=token, use_cache=False)
     model.train(training)
@@ -109,6 +113,25 @@ def fuse(model: Any) -> list[list[str]]:
     for names in fused:
         Stacked([layers[name] for name in names])
     return fused
+
+
+@contextlib.contextmanager
+def _plain_attention(model: nn.Module) -> Iterator[None]:
+    """Let a model compute attention in plain torch for a while.
+
+    Who shares an input does not depend on the kernel that it was opened with, which may refuse the device or
+    type that it is in at the moment, as flash attention does on CPUs and in float32.
+    """
+    configs = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
+    chosen = [config._attn_implementation for config in configs]
+    try:
+        for config in configs:
+            # As a mapping it is that of this config alone, not of configs inside it.
+            config._attn_implementation = {"": "eager"}
+        yield
+    finally:
+        for config, implementation in zip(configs, chosen, strict=True):
+            config._attn_implementation = {"": implementation}
 
 
 def unfuse(model: nn.Module) -> None:

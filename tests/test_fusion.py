@@ -7,6 +7,7 @@ from architectures import TINY
 from test_checkpoint import Written, files, load, tokens
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from aasvd.formats import FORMATS
 from aasvd.fusion import Stacked, fuse, unfuse
@@ -57,6 +58,26 @@ def test_loading_fuses_and_saving_gives_the_same_bytes(llama: Written, tmp_path:
     # Nothing is stored twice: what the parameters need is what their memory holds.
     storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}
     assert sum(storages.values()) == sum(p.nbytes for p in model.parameters())
+
+
+def refused(*_arguments: object, **_keywords: object) -> None:
+    raise RuntimeError("only on accelerators")
+
+
+@pytest.mark.parametrize("storage", ["factors", "pivoted-int8"])
+def test_loading_needs_no_kernel_of_attention(
+    storage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with flash attention on a CPU: the model is opened there and moved before it is called."""
+    written = Written(tmp_path, "llama", storage=storage)
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "refusing", refused)
+    model = load(written.folder, attn_implementation="refusing")
+    assert model.config._attn_implementation == "refusing"
+    assert len(fuse(model)) == (4 if storage == "factors" else 0)
+    with pytest.raises(RuntimeError, match="only on accelerators"):
+        logits(model)
+    model.set_attn_implementation("eager")
+    assert torch.isfinite(logits(model)).all()
 
 
 def pair() -> tuple[LowRankLinear, LowRankLinear, Stacked]:
