@@ -10,7 +10,7 @@ from architectures import TINY, linears, tiny_model
 from safetensors.torch import load_file, save_file
 from stored import random_tokens
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 from aasvd import checkpoint
 from aasvd.export import merge
@@ -132,6 +132,18 @@ def test_logits_are_those_of_the_dense_model_with_zeros(written: Written) -> Non
         logits = model(random_tokens(2)).logits
         torch.testing.assert_close(logits, expected(random_tokens(2)).logits, rtol=1e-6, atol=1e-6)
     written.model.float()
+
+
+def test_backbones_are_saved_and_opened_again(tmp_path: Path) -> None:
+    written = Written(tmp_path, "llama")
+    AutoModel.from_pretrained(written.folder).save_pretrained(tmp_path / "backbone")
+    backbone = AutoModel.from_pretrained(tmp_path / "backbone")
+    kept = {name.removeprefix("model."): size for name, size in written.kept.items()}
+    assert backbone.config.quantization_config.kept == kept
+    tokens = random_tokens(2)
+    with torch.no_grad():
+        expected = load(written.folder).model(tokens).last_hidden_state
+        assert torch.equal(backbone(tokens).last_hidden_state, expected)
 
 
 def test_generation_with_the_cache_equals_generation_without(written: Written) -> None:
