@@ -90,8 +90,7 @@ class _Rotations:
     def extend(self, new: tuple[Tensor, ...], *, past: int, tokens: int) -> None:
         """Append those of new tokens, unless an earlier layer has done so."""
         if self.length == past:
-            old = self.parts or new
-            self.parts = tuple(torch.cat(pair, dim=1) for pair in zip(old, new, strict=True)) if past else new
+            self.parts = tuple(map(_joined, self.parts, new)) if past else new
             self.length += tokens
 
     def change(self, change: Callable[[Tensor], Tensor]) -> None:
@@ -102,6 +101,15 @@ class _Rotations:
         """Forget all but the first tokens."""
         self.parts = tuple(part[:, :length] for part in self.parts)
         self.length = length
+
+
+def _joined(old: Tensor, new: Tensor) -> Tensor:
+    """Join along tokens; one that holds for every sequence meets one with a part for each.
+
+    A model called without a mask gives the former, `generate`, which numbers padded prompts, the latter.
+    """
+    sequences = max(len(old), len(new))
+    return torch.cat([part.expand(sequences, -1, -1) for part in (old, new)], dim=1)
 
 
 class LatentLayer(DynamicLayer):

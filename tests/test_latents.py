@@ -119,6 +119,36 @@ def test_beam_search(sequences: int) -> None:
     assert torch.equal(generate(model, LatentCache(model), sequences, 16, **arguments), expected)
 
 
+def test_prefill_by_hand_then_generate() -> None:
+    """Without a mask a model gives all sequences the same positions, with one each its own."""
+    model = low_rank("llama")
+    ids = prompts(2)["input_ids"]
+    found = []
+    for cache in (DynamicCache(config=model.config), LatentCache(model)):
+        with torch.no_grad():
+            model(ids[:, :-1], past_key_values=cache)
+        mask = torch.ones_like(ids)
+        found.append(model.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=32))
+    assert torch.equal(*found)
+    assert found[0].shape[1] > 30
+
+
+def test_prompts_that_continue_a_common_one() -> None:
+    model = low_rank("qwen3")
+    ids = prompts(1)["input_ids"]
+    continued = torch.cat([ids.repeat(4, 1), prompts(4)["input_ids"][:, :3]], dim=1)
+    mask = torch.ones_like(continued)
+    mask[1, 20] = 0
+    found = []
+    for cache in (DynamicCache(config=model.config), LatentCache(model)):
+        with torch.no_grad():
+            model(ids, past_key_values=cache)
+        cache.batch_repeat_interleave(4)
+        found.append(model.generate(continued, attention_mask=mask, past_key_values=cache, max_new_tokens=32))
+    assert torch.equal(*found)
+    assert len(set(map(tuple, found[0][:, 23:].tolist()))) == 4
+
+
 def test_assisted_generation_crops() -> None:
     model, assistant = low_rank("llama"), tiny_model("llama", seed=3)
     expected = generate(model, DynamicCache(config=model.config), 1, 32)
