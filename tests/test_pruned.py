@@ -64,6 +64,16 @@ def test_a_removed_layer_returns_zeros_and_stores_no_number(dtype: torch.dtype) 
     assert prune(linear, columns=torch.zeros(5, dtype=torch.bool)).kept.shape == (0, 0)
 
 
+@pytest.mark.parametrize("rows", [True, False])
+def test_autocast_computes_in_bfloat16(rows: bool) -> None:
+    layer = prune(made_up(9, 5, bias=True).float(), rows=some(9, 1) if rows else None)
+    x = torch.randn(3, 5, generator=torch.Generator().manual_seed(3))
+    with torch.autocast("cpu", torch.bfloat16):
+        output = layer(x)
+    assert output.dtype == torch.bfloat16
+    torch.testing.assert_close(output.float(), layer(x), rtol=0, atol=0.1)
+
+
 @pytest.mark.parametrize("size", [(10, 2), (2, 6), (0, 3), (3, 0), (-1, 2)])
 def test_impossible_sizes_are_refused(size: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match=r"rows and .* columns of a linear from 5 to 9"):
