@@ -275,7 +275,8 @@ class LatentCache(DynamicCache):
         """Make an empty cache.
 
         Raises:
-            ValueError: If latents would save no memory in any layer, or the model's attention is unknown.
+            ValueError: If latents would save no memory in any layer, the model's attention is unknown, or
+                weights that keys or values are made with lie elsewhere between calls.
         """
         decisions = plan(model)
         if not any(decision.saves for decision in decisions):
@@ -293,6 +294,11 @@ class LatentCache(DynamicCache):
         handles = []
         for index, (module, decision) in enumerate(zip(_attention_modules(model), decisions, strict=True)):
             if decision.saves:
+                if any(tensor.is_meta for tensor in module.state_dict().values()):
+                    raise ValueError(
+                        f"the weights of attention layer {index} of {type(model).__name__} are offloaded, "
+                        "and a latent cache needs them between calls: use the ordinary cache"
+                    )
                 self.layers[index] = LatentLayer(module, decision, self._rotations)
                 handles += self.layers[index].watch(self)
         weakref.finalize(self, _remove, handles)

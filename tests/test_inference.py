@@ -11,6 +11,7 @@ from torch import Tensor
 
 from aasvd.formats import FORMATS
 from aasvd.fusion import fuse, unfuse
+from aasvd.latents import LatentCache
 from aasvd.pruned import PrunedLinear
 
 
@@ -95,6 +96,12 @@ def test_device_map(written: Written, expected: Tensor, device_map: object, tmp_
             # Those that lie on disk between calls are left alone, also when asked.
             fuse(model)
             assert_close(model(tokens()).logits, expected)
+
+
+def test_latent_cache_of_offloaded_weights(written: Written, tmp_path: Path) -> None:
+    model = load(written.folder, device_map=PARTLY_ON_DISK, offload_folder=tmp_path)
+    with pytest.raises(ValueError, match="weights of attention layer 1 of LlamaForCausalLM are offloaded"):
+        LatentCache(model)
 
 
 def lora() -> peft.LoraConfig:
