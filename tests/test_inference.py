@@ -83,6 +83,24 @@ PARTLY_ON_DISK = {
 }
 
 
+@pytest.mark.parametrize("storage", list(FORMATS))
+def test_buffers_are_offloaded_when_asked(storage: str, tmp_path: Path) -> None:
+    written = Written(tmp_path, "llama", storage=storage)
+    with torch.no_grad():
+        expected = load(written.folder)(tokens()).logits
+        for buffers in (False, True):
+            model = load(
+                written.folder,
+                device_map=PARTLY_ON_DISK,
+                offload_folder=tmp_path / "offload",
+                offload_buffers=buffers,
+            )
+            block = model.model.layers[1].mlp.up_proj
+            assert all(parameter.is_meta for parameter in block.parameters())
+            assert all(buffer.is_meta == buffers for buffer in block.buffers())
+            assert_close(model(tokens()).logits, expected)
+
+
 @pytest.mark.parametrize(
     "device_map",
     ["auto", {"": "cpu"}, PARTLY_ON_DISK],

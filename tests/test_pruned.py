@@ -14,6 +14,7 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 from aasvd import checkpoint
 from aasvd.export import merge
+from aasvd.formats import replace_linears
 from aasvd.pruned import PrunedLinear, prune, removed
 
 
@@ -80,6 +81,13 @@ def test_impossible_sizes_are_refused(size: tuple[int, int]) -> None:
         PrunedLinear(5, 9, size, bias=False)
 
 
+def test_a_linear_that_is_not_there_is_named_with_its_field() -> None:
+    model = tiny_model("llama")
+    for field, arguments in (("ranks", {"ranks": {"other": 2}}), ("kept", {"kept": {"other": [1, 1]}})):
+        with pytest.raises(ValueError, match=f"{field} names the module 'other', which LlamaForCausalLM"):
+            replace_linears(model, storage="factors", **{"ranks": {}, **arguments})
+
+
 class Written:
     """A checkpoint with pruned and removed linears, beside the dense model with zeros that it stands for."""
 
@@ -105,6 +113,7 @@ class Written:
             for part in ("weight", "bias"):
                 state.pop(f"{name}.{part}", None)
             state |= {f"{name}.{part}": tensor for part, tensor in layer.state_dict().items()}
+        self.state = state
         self.folder = folder / "model"
         self.linears = list(layers)
         checkpoint.write(
