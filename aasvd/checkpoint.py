@@ -233,6 +233,16 @@ def parameter_count(model: Any) -> int:
     return sum(tensor.numel() for tensor in saved_tensors(model).values())
 
 
+def outline(folder: Path) -> Any:
+    """Return the causal model of a checkpoint with its compressed layers on the meta device, unfilled."""
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    stored = AasvdConfig(**config.quantization_config)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=config.dtype, trust_remote_code=False)
+    replace_linears(model, stored.ranks, storage=stored.storage, kept=stored.kept)
+    return model
+
+
 def counts(folder: Path, linears: Sequence[str]) -> dict[str, int]:
     """Count what a checkpoint stores, dense or compressed, from its headers.
 

@@ -79,6 +79,38 @@ def cache_bytes_per_token(model: Any) -> dict[str, int]:
     }
 
 
+def obstacle(model: Any) -> str:
+    """Say why a `LatentCache` is of no use for a model; "" where it saves memory."""
+    if misfit := _misfit(model):
+        return misfit
+    decisions = plan(model)
+    useless = f"a latent cache saves nothing for {type(model).__name__}: "
+    if not any(decision.saves for decision in decisions):
+        return useless + "; ".join(sorted({decision.reason for decision in decisions}))
+    counts = cache_bytes_per_token(model)
+    if counts["latents"] >= counts["ordinary"]:
+        return (
+            f"{useless}with the rotary embeddings it takes {counts['latents']} bytes per token, the ordinary "
+            f"one {counts['ordinary']}"
+        )
+    return ""
+
+
+def summary(model: Any) -> dict[str, int | str | None]:
+    """Return `cache_bytes_per_token` with null for what cannot be, and as `reason` the `obstacle`.
+
+    Shapes alone are looked at: the model may be on the meta device.
+    """
+    unknown = {"ordinary": None, "latents": None}
+    counts = unknown if _misfit(model) else cache_bytes_per_token(model)
+    reason = obstacle(model)
+    return {
+        "ordinary": counts["ordinary"],
+        "latents": None if reason else counts["latents"],
+        "reason": reason,
+    }
+
+
 class _Rotations:
     """Cosines and sines of all cached positions, stored once for all layers.
 
@@ -278,16 +310,9 @@ class LatentCache(DynamicCache):
             ValueError: If latents would save no memory in any layer, the model's attention is unknown, or
                 weights that keys or values are made with lie elsewhere between calls.
         """
+        if reason := obstacle(model):
+            raise ValueError(reason)
         decisions = plan(model)
-        if not any(decision.saves for decision in decisions):
-            reasons = sorted({decision.reason for decision in decisions})
-            raise ValueError(f"a latent cache saves nothing for {type(model).__name__}: {'; '.join(reasons)}")
-        counts = cache_bytes_per_token(model)
-        if counts["latents"] >= counts["ordinary"]:
-            raise ValueError(
-                f"a latent cache saves nothing for {type(model).__name__}: with the rotary embeddings it "
-                f"takes {counts['latents']} bytes per token, the ordinary one {counts['ordinary']}"
-            )
         super().__init__(config=model.config)
         self._model = model
         self._rotations = _Rotations()
@@ -357,18 +382,29 @@ def _ordinary(model: Any) -> DynamicCache:
 
 def _attention_modules(model: Any) -> list[nn.Module]:
     """Return the attention modules in the order of the cache's layers."""
-    found = {
+    if misfit := _misfit(model):
+        raise ValueError(misfit)
+    return [module for _, module in sorted(_indexed(model).items())]
+
+
+def _indexed(model: Any) -> dict[int, nn.Module]:
+    """Return the attention modules with both projections by the index of their layer."""
+    return {
         module.layer_idx: module
         for module in model.modules()
         if hasattr(module, "layer_idx") and all(hasattr(module, name) for name in _PROJECTIONS)
     }
-    layers = len(_ordinary(model).layers)
-    if sorted(found) != list(range(layers)):
-        raise ValueError(
-            f"{type(model).__name__} has {len(found)} attention modules with {' and '.join(_PROJECTIONS)} "
-            f"for {layers} layers; a latent cache needs one in each: use the ordinary cache"
-        )
-    return [found[index] for index in range(layers)]
+
+
+def _misfit(model: Any) -> str:
+    """Say what is wrong unless each layer of the cache has an attention module with both projections."""
+    found, layers = sorted(_indexed(model)), len(_ordinary(model).layers)
+    if found == list(range(layers)):
+        return ""
+    return (
+        f"{type(model).__name__} has {len(found)} attention modules with {' and '.join(_PROJECTIONS)} "
+        f"for {layers} layers; a latent cache needs one in each: use the ordinary cache"
+    )
 
 
 def _decide(attention: Any, ordinary: str) -> Decision:

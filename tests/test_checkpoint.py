@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from aasvd import checkpoint, weights
+from aasvd import checkpoint, latents, weights
 from aasvd.artifacts import DamagedArtifactError
 from aasvd.blocks import skeleton
 from aasvd.formats import FORMATS
@@ -371,6 +371,20 @@ def test_model_trains(llama: Written) -> None:
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize(("architecture", "storage"), [("llama", "pivoted-int8"), ("phi3", "factors")])
+def test_outline_says_what_a_cache_takes(architecture: str, storage: str, tmp_path: Path) -> None:
+    written = Written(tmp_path, architecture, storage=storage)
+    outline = checkpoint.outline(written.folder)
+    assert all(tensor.is_meta for tensor in outline.state_dict().values())
+    found = latents.summary(outline)
+    assert found == latents.summary(load(written.folder))
+    if architecture == "llama":  # two layers of 2 * 16 numbers, or of 2 * 5 latents and 16 cosines and sines
+        assert found == {"ordinary": 2 * 32 * 4, "latents": (2 * 10 + 16) * 4, "reason": ""}
+    else:
+        assert (found["ordinary"], found["latents"]) == (None, None)
+        assert "0 attention modules with k_proj and v_proj" in str(found["reason"])
 
 
 def test_other_heads(llama: Written) -> None:
