@@ -13,7 +13,7 @@ import inspect
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -150,18 +150,17 @@ class AasvdQuantizer(HfQuantizer):
             )
         name = type(model).__name__
         own = name in (model.config.architectures or [name])
-        # A model without head (AutoModel) has the names of the causal model less its backbone's prefix.
-        prefix = f"{model.base_model_prefix}." if model.base_model is model and not own else ""
-        ranks, kept = self.quantization_config.ranks, self.quantization_config.kept
-        compressed = {*ranks, *kept}
-        replace_linears(
-            model,
-            {key.removeprefix(prefix): rank for key, rank in ranks.items() if key.startswith(prefix)},
-            storage=self.quantization_config.storage,
-            kept={key.removeprefix(prefix): size for key, size in kept.items() if key.startswith(prefix)},
-        )
-        expected = {prefix + key: tensor for key, tensor in saved_tensors(model).items()}
         stored = stored_tensors([Path(file) for file in checkpoint_files])
+        theirs, ours = ("", "") if own else _prefixes(model, stored)
+        config = self.quantization_config
+        compressed = {*config.ranks, *config.kept}
+        # The config gets the model's names: `save_pretrained` writes it beside tensors of these names.
+        for field in ("ranks", "kept"):
+            sizes = getattr(config, field).items()
+            inside = {ours + key.removeprefix(theirs): size for key, size in sizes if key.startswith(theirs)}
+            setattr(config, field, inside)
+        replace_linears(model, config.ranks, storage=config.storage, kept=config.kept)
+        expected = {theirs + key.removeprefix(ours): value for key, value in saved_tensors(model).items()}
         # Under another head than the stored one, transformers starts the new head and drops the old one, as
         # with any checkpoint; only the factors have no start of their own.
         required = set(expected) if own else {key for key in expected if _module(key) in compressed}
@@ -176,7 +175,7 @@ class AasvdQuantizer(HfQuantizer):
         for key in sorted(expected.keys() & stored.keys()):
             _check_stored(key, expected[key], stored[key])
             if _module(key) in compressed:
-                layer = model.get_submodule(_module(key).removeprefix(prefix))
+                layer = model.get_submodule(ours + _module(key).removeprefix(theirs))
                 _check_overhead(key, stored[key], layer)
         _check_digests(folder, [Path(file) for file in checkpoint_files])
         return model
@@ -232,6 +231,16 @@ def parameter_count(model: Any) -> int:
     A tied output layer is stored twice by some, and masks and frequencies that models make by themselves.
     """
     return sum(tensor.numel() for tensor in saved_tensors(model).values())
+
+
+def outline(folder: Path) -> Any:
+    """Return the causal model of a checkpoint with its compressed layers on the meta device, unfilled."""
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    stored = AasvdConfig(**config.quantization_config)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=config.dtype, trust_remote_code=False)
+    replace_linears(model, stored.ranks, storage=stored.storage, kept=stored.kept)
+    return model
 
 
 def counts(folder: Path, linears: Sequence[str]) -> dict[str, int]:
@@ -479,6 +488,18 @@ def _replacing_folder(folder: Path) -> Iterator[Path]:
         staging.rename(folder)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _prefixes(model: Any, stored: Iterable[str]) -> tuple[str, str]:
+    """Return what the names of a folder's tensors begin with and a model's do not, and the other way round.
+
+    A model without head (AutoModel) has the names of one with a head less the prefix of its backbone.
+    """
+    prefix = f"{model.base_model_prefix}."
+    prefixed = any(name.startswith(prefix) for name in stored)
+    if model.base_model is model:
+        return (prefix, "") if prefixed else ("", "")
+    return ("", "") if prefixed else ("", prefix)
 
 
 def _module(name: str) -> str:

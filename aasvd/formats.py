@@ -54,12 +54,13 @@ def replace_linears(
     tied = getattr(model, "all_tied_weights_keys", {})
     sizes: dict[str, int | Sequence[int]] = {**ranks, **(kept or {})}
     for name, size in sizes.items():
+        field = "ranks" if name in ranks else "kept"
         linear = modules.get(name)
         if not isinstance(linear, nn.Linear):
             found = "does not have" if linear is None else f"has as {type(linear).__name__}, not as nn.Linear"
-            raise ValueError(f"ranks name the module {name!r}, which {type(model).__name__} {found}")
+            raise ValueError(f"{field} names the module {name!r}, which {type(model).__name__} {found}")
         if f"{name}.weight" in tied or f"{name}.weight" in tied.values():
-            raise ValueError(f"ranks name the module {name!r}, whose weight is tied to another module's")
+            raise ValueError(f"{field} names the module {name!r}, whose weight is tied to another module's")
         if isinstance(size, int) and size > min(linear.in_features, linear.out_features):
             raise ValueError(
                 f"rank {size} of {name!r} exceeds the smaller side of its weight "

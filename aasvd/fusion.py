@@ -6,21 +6,23 @@ The layers' own parameters become views of the stacked weight, so nothing is sto
 `save_pretrained` writes the same bytes.
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from aasvd.capture import sharing
 from aasvd.lowrank import CompressedLinear, product
 
 
 class _Latents(NamedTuple):
-    """Latents of all layers of a group, and the input that they belong to."""
+    """Latents of all layers of a group, the input that they belong to, its version and the stack's."""
 
     x: Tensor
-    version: int
+    versions: tuple[int, int]
     parts: tuple[Tensor, ...]
 
 
@@ -51,17 +53,19 @@ class Stacked:
         weight = _weight(layer)
         # One token's product is bound by memory in float32: several small ones take no longer than one.
         one = x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() == x.shape[-1]
-        if torch.compiler.is_compiling() or torch.is_grad_enabled() or x.is_inference() or one:
+        silent = x.is_inference() or self._weight.is_inference()
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or silent or one:
             return product(x, weight)
         index = self._layers.index(layer)
         if weight.data_ptr() != self._addresses[index]:
             self.dissolve()
             return product(x, weight)
         latest = self._latest
-        # The version tells whether x was written to since.
-        if latest is None or latest.x is not x or latest.version != x._version:
+        # The versions tell whether x or a parameter, all of which are views of the stack, was written to.
+        versions = x._version, self._weight._version
+        if latest is None or latest.x is not x or latest.versions != versions:
             parts = torch.split(product(x, self._weight), self._ranks, dim=-1)
-            latest = _Latents(x, x._version, tuple(parts))
+            latest = _Latents(x, versions, tuple(parts))
         # The last layer lets go of the activations.
         self._latest = None if index == len(self._layers) - 1 else latest
         return latest.parts[index]
@@ -82,9 +86,9 @@ def _weight(layer: CompressedLinear) -> nn.Parameter:
 def fuse(model: Any) -> list[list[str]]:
     """Fuse the first products of all low-rank linears of a transformers model that share an input.
 
-    `from_pretrained` does it by itself. It calls the model once, with one token, to see who shares an
-    input. Layers whose weights are made from codes, or not all in memory, on one device and in one type,
-    stay as they are; do it again after moving or casting a model.
+    `from_pretrained` does it by itself. It calls the model once, with one token and plain attention, to see
+    who shares an input. Layers whose weights are made from codes, or not all in memory, on one device and in
+    one type, stay as they are; do it again after moving or casting a model.
 
     Returns:
         The module names of each fused group, in the order in which they are called.
@@ -94,12 +98,14 @@ def fuse(model: Any) -> list[list[str]]:
         for name, module in model.named_modules()
         if isinstance(module, CompressedLinear) and module.DOWN is not None
     }
+    if not layers:
+        return []
     for layer in layers.values():
         layer.shared = None
     training = model.training
     model.eval()
     token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
-    with torch.no_grad(), sharing(layers) as groups:
+    with torch.no_grad(), _plain_attention(model), sharing(layers) as groups:
         # Also of a model with another head, which may want more than tokens.
         model.base_model(input_ids=token, use_cache=False)
     model.train(training)
@@ -107,6 +113,25 @@ def fuse(model: Any) -> list[list[str]]:
     for names in fused:
         Stacked([layers[name] for name in names])
     return fused
+
+
+@contextlib.contextmanager
+def _plain_attention(model: nn.Module) -> Iterator[None]:
+    """Let a model compute attention in plain torch for a while.
+
+    Who shares an input does not depend on the kernel that it was opened with, which may refuse the device or
+    type that it is in at the moment, as flash attention does on CPUs and in float32.
+    """
+    configs = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
+    chosen = [config._attn_implementation for config in configs]
+    try:
+        for config in configs:
+            # As a mapping it is that of this config alone, not of configs inside it.
+            config._attn_implementation = {"": "eager"}
+        yield
+    finally:
+        for config, implementation in zip(configs, chosen, strict=True):
+            config._attn_implementation = {"": implementation}
 
 
 def unfuse(model: nn.Module) -> None:

@@ -6,8 +6,9 @@ embedding of keys after the up-projection. The cache shrinks by k / width, and e
 up-projections of all past tokens; `plan` says where that saves memory and `cache_bytes_per_token` how much.
 
 Model code stays transformers' own. What an attention module does between `k_proj` and the cache (heads, a
-norm `k_norm`, its module's `apply_rotary_pos_emb`) is redone from the latents, and compared with what the
-module itself hands to the cache when a layer is first used: a module that does something else is an error.
+norm `k_norm` of each head or of all, its module's `apply_rotary_pos_emb` on all of a head or its first
+part) is redone from the latents, and compared with what the module itself hands to the cache when a layer
+is first used: a module that does something else is an error.
 """
 
 import copy
@@ -52,14 +53,16 @@ def plan(model: Any) -> list[Decision]:
     """Decide for each attention layer of a model whether its latents are smaller than its keys and values.
 
     Keys and values are decided on separately. Layers with a sliding window keep their ordinary cache, whose
-    size is bounded anyway.
+    size is bounded anyway; so do all where keys and values are clipped (`clip_qkv`), since a token that is
+    clipped may come long after the first one, on which they are compared.
 
     Raises:
         ValueError: If the model has no attention modules with k_proj and v_proj, one for each layer of its
             cache.
     """
-    sliding = _ordinary(model).is_sliding
-    return [_decide(module, sliding[index]) for index, module in enumerate(_attention_modules(model))]
+    clipped = "clipped keys and values" if getattr(model.config, "clip_qkv", None) is not None else ""
+    ordinary = [clipped or ("sliding window" if slides else "") for slides in _ordinary(model).is_sliding]
+    return [_decide(module, why) for module, why in zip(_attention_modules(model), ordinary, strict=True)]
 
 
 def cache_bytes_per_token(model: Any) -> dict[str, int]:
@@ -73,6 +76,38 @@ def cache_bytes_per_token(model: Any) -> dict[str, int]:
     return {
         "ordinary": sum(2 * decision.width for decision in decisions) * size,
         "latents": (sum(decision.keys + decision.values for decision in decisions) + _rotary(model)) * size,
+    }
+
+
+def obstacle(model: Any) -> str:
+    """Say why a `LatentCache` is of no use for a model; "" where it saves memory."""
+    if misfit := _misfit(model):
+        return misfit
+    decisions = plan(model)
+    useless = f"a latent cache saves nothing for {type(model).__name__}: "
+    if not any(decision.saves for decision in decisions):
+        return useless + "; ".join(sorted({decision.reason for decision in decisions}))
+    counts = cache_bytes_per_token(model)
+    if counts["latents"] >= counts["ordinary"]:
+        return (
+            f"{useless}with the rotary embeddings it takes {counts['latents']} bytes per token, the ordinary "
+            f"one {counts['ordinary']}"
+        )
+    return ""
+
+
+def summary(model: Any) -> dict[str, int | str | None]:
+    """Return `cache_bytes_per_token` with null for what cannot be, and as `reason` the `obstacle`.
+
+    Shapes alone are looked at: the model may be on the meta device.
+    """
+    unknown = {"ordinary": None, "latents": None}
+    counts = unknown if _misfit(model) else cache_bytes_per_token(model)
+    reason = obstacle(model)
+    return {
+        "ordinary": counts["ordinary"],
+        "latents": None if reason else counts["latents"],
+        "reason": reason,
     }
 
 
@@ -90,8 +125,7 @@ class _Rotations:
     def extend(self, new: tuple[Tensor, ...], *, past: int, tokens: int) -> None:
         """Append those of new tokens, unless an earlier layer has done so."""
         if self.length == past:
-            old = self.parts or new
-            self.parts = tuple(torch.cat(pair, dim=1) for pair in zip(old, new, strict=True)) if past else new
+            self.parts = tuple(map(_joined, self.parts, new)) if past else new
             self.length += tokens
 
     def change(self, change: Callable[[Tensor], Tensor]) -> None:
@@ -102,6 +136,15 @@ class _Rotations:
         """Forget all but the first tokens."""
         self.parts = tuple(part[:, :length] for part in self.parts)
         self.length = length
+
+
+def _joined(old: Tensor, new: Tensor) -> Tensor:
+    """Join along tokens; one that holds for every sequence meets one with a part for each.
+
+    A model called without a mask gives the former, `generate`, which numbers padded prompts, the latter.
+    """
+    sequences = max(len(old), len(new))
+    return torch.cat([part.expand(sequences, -1, -1) for part in (old, new)], dim=1)
 
 
 class LatentLayer(DynamicLayer):
@@ -124,7 +167,7 @@ class LatentLayer(DynamicLayer):
         # What the attention module's hooks have seen of the call in progress.
         self._active = False
         self._inputs: dict[str, Tensor] = {}
-        self._embeddings: tuple[Tensor, ...] = ()
+        self._embeddings: Any = None
 
     def watch(self, cache: "LatentCache") -> list[Any]:
         """Record the projections' inputs and the rotary embeddings of every call that uses a cache."""
@@ -138,7 +181,7 @@ class LatentLayer(DynamicLayer):
                 used = arguments.get("past_key_values")
                 layer._inputs = {}
                 layer._active = used is not None and used is reference()
-                layer._embeddings = tuple(arguments.get("position_embeddings") or ()) if layer._active else ()
+                layer._embeddings = arguments.get("position_embeddings") if layer._active else None
 
         def remember(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
             def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -168,14 +211,14 @@ class LatentLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
         past, tokens = self.get_seq_length(), key_states.shape[-2]
         rotations = self._rotations
-        rotations.extend(self._embeddings, past=past, tokens=tokens)
+        rotations.extend(self._cosines_and_sines(tokens), past=past, tokens=tokens)
         self.keys, keys = self._appended("k_proj", self._latent[0], self.keys, key_states, rotations.parts)
         self.values, values = self._appended("v_proj", self._latent[1], self.values, value_states, ())
         if not self._checked:
             self._check(key_states, keys[:, :, past:])
             self._check(value_states, values[:, :, past:])
             self._checked = True
-        self._inputs, self._embeddings = {}, ()
+        self._inputs, self._embeddings = {}, None
         return keys, values
 
     def take(self, other: "LatentLayer") -> None:
@@ -199,26 +242,57 @@ class LatentLayer(DynamicLayer):
             )
         latents = projection.down(self._inputs[name]).unsqueeze(1)
         stored = torch.cat([stored, latents], dim=-2) if stored.numel() else latents
-        states = projection.up(stored.squeeze(1)).unflatten(-1, (-1, new.shape[-1])).transpose(1, 2)
+        states = projection.up(stored.squeeze(1))
+        heads, width = new.shape[1], new.shape[3]
+        if states.shape[-1] != heads * width:
+            raise self._unknown()
         norm = getattr(self._attention, "k_norm", None) if name == "k_proj" else None
-        if norm is not None:
+        sizes = tuple(getattr(norm, "weight", states.new_empty(width)).shape)
+        if sizes not in {(width,), (heads, width), (heads * width,)}:
+            raise self._unknown()
+        whole = sizes == (heads * width,)
+        if norm is not None and whole:
             states = norm(states)
-        if rotations:
-            rotate = vars(sys.modules[type(self._attention).__module__])["apply_rotary_pos_emb"]
-            # Queries of no heads: only keys are to be rotated.
-            rotations = tuple(part.to(states.device) for part in rotations)
-            _, states = rotate(states[:, :0], states, *rotations)
-        return stored, states
+        states = states.unflatten(-1, (heads, width))
+        if norm is not None and not whole:
+            states = norm(states)
+        states = states.transpose(1, 2)
+        return stored, self._rotated(states, rotations) if rotations else states
+
+    def _cosines_and_sines(self, tokens: int) -> tuple[Tensor, ...]:
+        """Return the rotary embeddings of the call in progress, (sequences or 1, tokens, width), if any."""
+        if self._embeddings is None:
+            return ()
+        pair = tuple(self._embeddings)
+        if len(pair) != 2 or any(part.ndim != 3 or part.shape[1] != tokens for part in pair):
+            raise self._unknown()
+        return pair
+
+    def _rotated(self, keys: Tensor, rotations: tuple[Tensor, ...]) -> Tensor:
+        """Return keys (sequences, heads, tokens, head width) with the rotary embedding applied."""
+        rotate = getattr(sys.modules[type(self._attention).__module__], "apply_rotary_pos_emb", None)
+        if rotate is None or list(inspect.signature(rotate).parameters)[:4] != ["q", "k", "cos", "sin"]:
+            raise self._unknown()
+        # Models that rotate a part of each head cut it off themselves, and say how large it is.
+        width = getattr(self._attention, "rotary_ndims", keys.shape[-1])
+        part, rest = keys[..., :width], keys[..., width:]
+        rotations = tuple(rotation.to(keys.device) for rotation in rotations)
+        # Queries of no heads: only keys are to be rotated.
+        _, part = rotate(part[:, :0], part, *rotations)
+        return torch.cat((part, rest), dim=-1) if rest.shape[-1] else part
+
+    def _unknown(self) -> ValueError:
+        return ValueError(
+            f"{type(self._attention).__name__} makes its keys or values in a way that LatentCache does "
+            "not know; use the ordinary cache"
+        )
 
     def _check(self, expected: Tensor, found: Tensor) -> None:
         """Compare what was computed from latents with what the attention module made of the same tokens."""
         # Both are the same products, at most in another order.
         tolerance = torch.finfo(expected.dtype).eps ** 0.5 * expected.abs().max()
         if expected.shape != found.shape or not bool(((expected - found).abs() <= tolerance).all()):
-            raise ValueError(
-                f"{type(self._attention).__name__} makes its keys or values in a way that LatentCache does "
-                "not know; use the ordinary cache"
-            )
+            raise self._unknown()
 
 
 class LatentCache(DynamicCache):
@@ -233,24 +307,23 @@ class LatentCache(DynamicCache):
         """Make an empty cache.
 
         Raises:
-            ValueError: If latents would save no memory in any layer, or the model's attention is unknown.
+            ValueError: If latents would save no memory in any layer, the model's attention is unknown, or
+                weights that keys or values are made with lie elsewhere between calls.
         """
+        if reason := obstacle(model):
+            raise ValueError(reason)
         decisions = plan(model)
-        if not any(decision.saves for decision in decisions):
-            reasons = sorted({decision.reason for decision in decisions})
-            raise ValueError(f"a latent cache saves nothing for {type(model).__name__}: {'; '.join(reasons)}")
-        counts = cache_bytes_per_token(model)
-        if counts["latents"] >= counts["ordinary"]:
-            raise ValueError(
-                f"a latent cache saves nothing for {type(model).__name__}: with the rotary embeddings it "
-                f"takes {counts['latents']} bytes per token, the ordinary one {counts['ordinary']}"
-            )
         super().__init__(config=model.config)
         self._model = model
         self._rotations = _Rotations()
         handles = []
         for index, (module, decision) in enumerate(zip(_attention_modules(model), decisions, strict=True)):
             if decision.saves:
+                if any(tensor.is_meta for tensor in module.state_dict().values()):
+                    raise ValueError(
+                        f"the weights of attention layer {index} of {type(model).__name__} are offloaded, "
+                        "and a latent cache needs them between calls: use the ordinary cache"
+                    )
                 self.layers[index] = LatentLayer(module, decision, self._rotations)
                 handles += self.layers[index].watch(self)
         weakref.finalize(self, _remove, handles)
@@ -309,25 +382,37 @@ def _ordinary(model: Any) -> DynamicCache:
 
 def _attention_modules(model: Any) -> list[nn.Module]:
     """Return the attention modules in the order of the cache's layers."""
-    found = {
+    if misfit := _misfit(model):
+        raise ValueError(misfit)
+    return [module for _, module in sorted(_indexed(model).items())]
+
+
+def _indexed(model: Any) -> dict[int, nn.Module]:
+    """Return the attention modules with both projections by the index of their layer."""
+    return {
         module.layer_idx: module
         for module in model.modules()
         if hasattr(module, "layer_idx") and all(hasattr(module, name) for name in _PROJECTIONS)
     }
-    layers = len(_ordinary(model).layers)
-    if sorted(found) != list(range(layers)):
-        raise ValueError(
-            f"{type(model).__name__} has {len(found)} attention modules with {' and '.join(_PROJECTIONS)} "
-            f"for {layers} layers; a latent cache needs one in each: use the ordinary cache"
-        )
-    return [found[index] for index in range(layers)]
 
 
-def _decide(attention: Any, sliding: bool) -> Decision:
+def _misfit(model: Any) -> str:
+    """Say what is wrong unless each layer of the cache has an attention module with both projections."""
+    found, layers = sorted(_indexed(model)), len(_ordinary(model).layers)
+    if found == list(range(layers)):
+        return ""
+    return (
+        f"{type(model).__name__} has {len(found)} attention modules with {' and '.join(_PROJECTIONS)} "
+        f"for {layers} layers; a latent cache needs one in each: use the ordinary cache"
+    )
+
+
+def _decide(attention: Any, ordinary: str) -> Decision:
+    """Decide on a layer; `ordinary` says why its cache must be an ordinary one, if it must."""
     projections = [getattr(attention, name) for name in _PROJECTIONS]
     widths = [projection.out_features for projection in projections]
-    if sliding:
-        return Decision(widths[0], widths[1], widths[0], "sliding window")
+    if ordinary:
+        return Decision(widths[0], widths[1], widths[0], ordinary)
     stored = [
         projection.rank if isinstance(projection, CompressedLinear) and projection.rank < width else width
         for projection, width in zip(projections, widths, strict=True)
@@ -340,4 +425,9 @@ def _rotary(model: Any) -> int:
     """Return the cosines and sines stored for a token: two for each number of a head, or none."""
     attention: Any = _attention_modules(model)[0]
     rotates = "position_embeddings" in inspect.signature(attention.forward).parameters
-    return 2 * attention.head_dim if rotates else 0
+    if not rotates:
+        return 0
+    config = model.config.get_text_config(decoder=True)
+    width = getattr(attention, "head_dim", config.hidden_size // config.num_attention_heads)
+    part = (getattr(config, "rope_parameters", None) or {}).get("partial_rotary_factor", 1.0)
+    return 2 * int(width * part)

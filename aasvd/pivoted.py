@@ -174,4 +174,4 @@ class PivotedLinear(CompressedLinear):
         if not torch.compiler.is_compiling() and latents.shape[:-1].numel() > self.rank:
             return product(latents, self._ordered(coefficients), self.bias)
         outputs = torch.cat((latents, product(latents, coefficients)), -1).index_select(-1, self.order)
-        return outputs if self.bias is None else outputs + self.bias
+        return outputs if self.bias is None else outputs + self.bias.to(outputs.dtype)

@@ -91,7 +91,7 @@ class PrunedLinear(nn.Module):
         y = functional.linear(x, self.kept)
         if rows < self.out_features:
             y = y.new_zeros(*y.shape[:-1], self.out_features).index_copy(-1, self.kept_rows.long(), y)
-        return y if self.bias is None else y + self.bias
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def dense(self) -> Tensor:
         """Return the weight (out, in) that the layer stands for."""

@@ -8,7 +8,7 @@ of the model would round them otherwise.
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from aasvd.lowrank import CompressedLinear, Layout
@@ -66,7 +66,16 @@ def balanced(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return left_basis @ rotated * root, root[:, None] * (turned @ right_basis.mT)
 
 
-class _ExpandedLinear(CompressedLinear):
+class _Coded(nn.Module):
+    """A layer whose numbers are codes, in buffers."""
+
+    @property
+    def qweight(self) -> Tensor:
+        """A tensor of codes, by the name under which PEFT looks for a quantized layer's device."""
+        return next(self.buffers())
+
+
+class _ExpandedLinear(_Coded, CompressedLinear):
     """A layer whose factors are expanded at every call."""
 
     OVERHEAD = ("scales",)
@@ -122,7 +131,7 @@ class Int8LowRankLinear(_ExpandedLinear):
         return _expanded(self.u.mT, self.scales[1], dtype).mT, _expanded(self.v, self.scales[0], dtype)
 
 
-class Int8PivotedLinear(PivotedLinear):
+class Int8PivotedLinear(_Coded, PivotedLinear):
     """Pivots' rows and coefficients in int8; `scales` (2, k): those of rows, of coefficients' columns."""
 
     OVERHEAD = ("order", "scales")

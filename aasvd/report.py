@@ -150,12 +150,32 @@ tokenizer = AutoTokenizer.from_pretrained("FOLDER")
 
 Nothing in the folder is executed. `sha256sum -c SHA256SUMS` checks it; loading checks model and config.
 
+## Key-value cache
+
+{_cache(result["cache_bytes_per_token"])}
+
 ## {"What stays" if kept else "Ranks"}
 
 | linear | shape | {"numbers that stay" if kept else "rank"} | blocks |
 | --- | --- | --- | --- |
 {table}
 """
+
+
+def _cache(counts: Mapping[str, Any]) -> str:
+    """Say what the cache of a token takes, and what one of latents would or why it cannot be."""
+    ordinary = counts["ordinary"]
+    said = (
+        ""
+        if ordinary is None
+        else f"A token of one sequence takes {ordinary:,} bytes in the ordinary cache. "
+    )
+    if counts["reason"]:
+        return f"{said}No cache of latents: {counts['reason']}."
+    return (
+        f"{said}`aasvd.latents.LatentCache(model)`, given to `generate` as `past_key_values`, takes "
+        f"{counts['latents']:,} and more time; it is not used unless asked for."
+    )
 
 
 def _span(ranks: Sequence[int | None]) -> str:

@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from aasvd import checkpoint, weights
+from aasvd import checkpoint, latents, weights
 from aasvd.artifacts import DamagedArtifactError
 from aasvd.blocks import skeleton
 from aasvd.formats import FORMATS
@@ -373,6 +373,20 @@ def test_model_trains(llama: Written) -> None:
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.parametrize(("architecture", "storage"), [("llama", "pivoted-int8"), ("phi3", "factors")])
+def test_outline_says_what_a_cache_takes(architecture: str, storage: str, tmp_path: Path) -> None:
+    written = Written(tmp_path, architecture, storage=storage)
+    outline = checkpoint.outline(written.folder)
+    assert all(tensor.is_meta for tensor in outline.state_dict().values())
+    found = latents.summary(outline)
+    assert found == latents.summary(load(written.folder))
+    if architecture == "llama":  # two layers of 2 * 16 numbers, or of 2 * 5 latents and 16 cosines and sines
+        assert found == {"ordinary": 2 * 32 * 4, "latents": (2 * 10 + 16) * 4, "reason": ""}
+    else:
+        assert (found["ordinary"], found["latents"]) == (None, None)
+        assert "0 attention modules with k_proj and v_proj" in str(found["reason"])
+
+
 def test_other_heads(llama: Written) -> None:
     backbone = AutoModel.from_pretrained(llama.folder)
     with torch.no_grad():
@@ -386,6 +400,40 @@ def test_other_heads(llama: Written) -> None:
     for cls in (AutoModel, AutoModelForSequenceClassification):
         with pytest.raises(ValueError, match=rf"lacks 1 tensors .*{Q_PROJ}\.u"):
             cls.from_pretrained(llama.folder)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "opt", "gpt_neox"])
+def test_backbones_are_saved_and_opened_again_with_and_without_head(
+    architecture: str, tmp_path: Path
+) -> None:
+    written = Written(tmp_path, architecture, keep_dense=1, storage="pivoted")
+    AutoModel.from_pretrained(written.folder).save_pretrained(tmp_path / "backbone")
+    backbone = AutoModel.from_pretrained(tmp_path / "backbone")
+    prefix = f"{backbone.base_model_prefix}."
+    assert backbone.config.quantization_config.ranks == {
+        name.removeprefix(prefix): rank for name, rank in written.ranks.items()
+    }
+    state = backbone.state_dict()
+    assert all(torch.equal(tensor, written.state[prefix + name]) for name, tensor in state.items())
+    backbone.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again/model.safetensors").read_bytes() == (
+        tmp_path / "backbone/model.safetensors"
+    ).read_bytes()
+    # With its head back in place it is what it was.
+    model = load(tmp_path / "backbone")
+    head = model.get_output_embeddings()
+    with torch.no_grad():
+        head.weight.copy_(load(written.folder).get_output_embeddings().weight)
+        assert torch.equal(model(tokens()).logits, load(written.folder)(tokens()).logits)
+    model.save_pretrained(tmp_path / "whole")
+    assert (tmp_path / "whole/model.safetensors").read_bytes() == (
+        written.folder / "model.safetensors"
+    ).read_bytes()
+    assert load(tmp_path / "whole").config.quantization_config.ranks == written.ranks
+    lost = next(name for name in state if name.endswith(".rows"))
+    edit_tensors(tmp_path / "backbone", lambda tensors: tensors.pop(lost))
+    with pytest.raises(ValueError, match=rf"lacks 1 tensors of .*, the first is {lost}"):
+        load(tmp_path / "backbone")
 
 
 @pytest.mark.parametrize(

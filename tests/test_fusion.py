@@ -7,6 +7,7 @@ from architectures import TINY
 from test_checkpoint import Written, files, load, tokens
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from aasvd.formats import FORMATS
 from aasvd.fusion import Stacked, fuse, unfuse
@@ -59,6 +60,26 @@ def test_loading_fuses_and_saving_gives_the_same_bytes(llama: Written, tmp_path:
     assert sum(storages.values()) == sum(p.nbytes for p in model.parameters())
 
 
+def refused(*_arguments: object, **_keywords: object) -> None:
+    raise RuntimeError("only on accelerators")
+
+
+@pytest.mark.parametrize("storage", ["factors", "pivoted-int8"])
+def test_loading_needs_no_kernel_of_attention(
+    storage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with flash attention on a CPU: the model is opened there and moved before it is called."""
+    written = Written(tmp_path, "llama", storage=storage)
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "refusing", refused)
+    model = load(written.folder, attn_implementation="refusing")
+    assert model.config._attn_implementation == "refusing"
+    assert len(fuse(model)) == (4 if storage == "factors" else 0)
+    with pytest.raises(RuntimeError, match="only on accelerators"):
+        logits(model)
+    model.set_attn_implementation("eager")
+    assert torch.isfinite(logits(model)).all()
+
+
 def pair() -> tuple[LowRankLinear, LowRankLinear, Stacked]:
     generator = torch.Generator().manual_seed(0)
     made = [
@@ -91,9 +112,27 @@ def test_what_is_remembered_is_never_stale() -> None:
     torch.testing.assert_close(second(x), x @ second.dense().T)
     first(x)
     torch.testing.assert_close(second(x + 1), (x + 1) @ second.dense().T)
-    first(x)
-    first.v.mul_(3)  # the stack is the same memory, but its latents were computed before
-    torch.testing.assert_close(first(x.clone()), x @ first.dense().T)
+    for layer in (first, second):
+        first(x)
+        # The stack is the same memory, but its latents were computed before.
+        layer.v.mul_(3)
+        torch.testing.assert_close(layer(x), x @ layer.dense().T)
+    with torch.inference_mode():
+        first(x)
+        second.v.mul_(3)
+        torch.testing.assert_close(second(x), x @ second.dense().T)
+
+
+@torch.inference_mode()
+def test_layers_made_in_inference_mode_compute_their_own() -> None:
+    first, _, _ = pair()
+    x = torch.randn(4, 8)
+    with torch.inference_mode(False), torch.no_grad():
+        x = x.clone()
+        for _ in range(2):
+            torch.testing.assert_close(first(x), x @ first.dense().T)
+            with torch.inference_mode():
+                first.v.mul_(3)  # of which its version says nothing
 
 
 @torch.no_grad()

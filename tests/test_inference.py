@@ -6,11 +6,13 @@ import peft
 import pytest
 import torch
 from test_checkpoint import Written, load, tokens
+from test_pruned import Written as Pruned
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from aasvd.formats import FORMATS
 from aasvd.fusion import fuse, unfuse
+from aasvd.latents import LatentCache
+from aasvd.pruned import PrunedLinear
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +83,24 @@ PARTLY_ON_DISK = {
 }
 
 
+@pytest.mark.parametrize("storage", list(FORMATS))
+def test_buffers_are_offloaded_when_asked(storage: str, tmp_path: Path) -> None:
+    written = Written(tmp_path, "llama", storage=storage)
+    with torch.no_grad():
+        expected = load(written.folder)(tokens()).logits
+        for buffers in (False, True):
+            model = load(
+                written.folder,
+                device_map=PARTLY_ON_DISK,
+                offload_folder=tmp_path / "offload",
+                offload_buffers=buffers,
+            )
+            block = model.model.layers[1].mlp.up_proj
+            assert all(parameter.is_meta for parameter in block.parameters())
+            assert all(buffer.is_meta == buffers for buffer in block.buffers())
+            assert_close(model(tokens()).logits, expected)
+
+
 @pytest.mark.parametrize(
     "device_map",
     ["auto", {"": "cpu"}, PARTLY_ON_DISK],
@@ -96,20 +116,28 @@ def test_device_map(written: Written, expected: Tensor, device_map: object, tmp_
             assert_close(model(tokens()).logits, expected)
 
 
-def lora(model: PreTrainedModel) -> peft.LoraConfig:
+def test_latent_cache_of_offloaded_weights(written: Written, tmp_path: Path) -> None:
+    model = load(written.folder, device_map=PARTLY_ON_DISK, offload_folder=tmp_path)
+    with pytest.raises(ValueError, match="weights of attention layer 1 of LlamaForCausalLM are offloaded"):
+        LatentCache(model)
+
+
+def lora() -> peft.LoraConfig:
     config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=True)
-    config._register_custom_module({layer: peft.tuners.lora.Linear for layer in FORMATS.values()})
+    compressed = [*FORMATS.values(), PrunedLinear]
+    config._register_custom_module({layer: peft.tuners.lora.Linear for layer in compressed})
     return config
 
 
-@pytest.mark.parametrize("storage", ["factors", "pivoted"])
+@pytest.mark.parametrize("storage", [*FORMATS, "pruned"])
 def test_lora_adapter_trains(storage: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    written = Written(tmp_path, "llama", storage=storage)
+    pruned = storage == "pruned"
+    written = Pruned(tmp_path, "llama") if pruned else Written(tmp_path, "llama", storage=storage)
     with torch.no_grad():
         expected = load(written.folder)(tokens()).logits
-    base = load(written.folder)
-    model = peft.get_peft_model(base, lora(base))
+    model = peft.get_peft_model(load(written.folder), lora())
+    codes = {name: buffer.clone() for name, buffer in model.named_buffers()}
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     with torch.no_grad():
         assert_close(model(tokens()).logits, expected)  # the adapter begins as nothing
@@ -125,10 +153,11 @@ def test_lora_adapter_trains(storage: str, tmp_path: Path) -> None:
     assert losses[-1] < 0.8 * losses[0]
     changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     adapters = {name for name in before if "lora_" in name}
-    assert changed == adapters
+    # Beside linears that are gone, such as keys to a query, an adapter has no effect.
+    assert changed <= adapters if pruned else changed == adapters
+    assert all(torch.equal(buffer, codes[name]) for name, buffer in model.named_buffers())
     assert len(adapters) == 2 * 3 * 2  # A and B, three linears, two blocks
     trained = model.eval()(tokens()).logits.detach()
     model.save_pretrained(tmp_path / "adapter")
-    base = load(written.folder)
-    again = peft.PeftModel.from_pretrained(base, tmp_path / "adapter", config=lora(base))
+    again = peft.PeftModel.from_pretrained(load(written.folder), tmp_path / "adapter", config=lora())
     assert_close(again(tokens()).logits.detach(), trained)

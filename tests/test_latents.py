@@ -1,11 +1,24 @@
 import copy
 import gc
+from collections.abc import Callable
 
 import pytest
 import torch
-from architectures import tiny_config, tiny_model
+from architectures import GROUPED, tiny_config, tiny_model
 from test_checkpoint import factor
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    DynamicCache,
+    GlmConfig,
+    Olmo2Config,
+    OlmoConfig,
+    PhiConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    StableLmConfig,
+)
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 from aasvd.formats import replace_linears
 from aasvd.fusion import fuse
@@ -15,9 +28,34 @@ from aasvd.latents import LatentCache, cache_bytes_per_token, plan
 RANK = 5
 
 
+# Olmo 2's norm is one of all heads' keys; Phi rotates half of each head, StableLM a quarter.
+OTHERS: dict[str, Callable[[], PreTrainedConfig]] = {
+    "olmo2": lambda: Olmo2Config(**GROUPED),
+    "phi": lambda: PhiConfig(**GROUPED, rope_parameters=rope(0.5)),
+    "stablelm": lambda: StableLmConfig(**GROUPED, rope_parameters=rope(0.25)),
+    "cohere": lambda: CohereConfig(**GROUPED, use_qk_norm=True),
+    "glm": lambda: GlmConfig(**GROUPED, head_dim=8, rope_parameters=rope(0.5)),
+}
+
+
+def rope(part: float) -> dict[str, object]:
+    return {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": part}
+
+
+def other_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """Return a model of an architecture that only this cache cares about, with norms that are not one."""
+    model = AutoModelForCausalLM.from_config(config)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(noise * parameter.shape[-1] ** -0.5 if parameter.ndim > 1 else 1 + 0.1 * noise)
+    return model.eval()
+
+
 def low_rank(name: str, rank: int = RANK, **changes: object) -> PreTrainedModel:
     """Return a tiny model with every linear of its blocks factored; `changes` are to its config."""
-    model = tiny_model(name)
+    model = other_model(OTHERS[name]()) if name in OTHERS else tiny_model(name)
     if changes:
         config = tiny_config(name)
         for key, value in changes.items():
@@ -39,6 +77,7 @@ MODELS = {
     "qwen3": {},
     "gemma3": {},
     "opt": {},
+    **{name: {} for name in OTHERS},
 }
 
 
@@ -65,13 +104,14 @@ def assert_same_tokens(model: PreTrainedModel, sequences: int, new: int) -> None
     expected = generate(model, DynamicCache(config=model.config), sequences, new)
     assert torch.equal(generate(model, LatentCache(model), sequences, new), expected)
     assert expected.shape == (sequences, 20 + new)
-    if model.config.model_type != "opt":  # which says one token for ever
+    if model.config.model_type not in ("opt", "phi", "stablelm", "cohere"):  # which say one token for ever
         assert len(set(expected[0, 20:].tolist())) > 1
 
 
 def test_greedy_tokens_are_those_of_the_ordinary_cache(model: PreTrainedModel) -> None:
     # OPT's positions are a table of 128.
-    assert_same_tokens(model, 2, {"gemma3_text": 64, "opt": 64}.get(model.config.model_type, 256))
+    lengths = {"gemma3_text": 64, "opt": 64, **dict.fromkeys(OTHERS, 24)}
+    assert_same_tokens(model, 2, lengths.get(model.config.model_type, 256))
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
@@ -117,6 +157,36 @@ def test_beam_search(sequences: int) -> None:
     arguments = {"num_beams": 3, "num_return_sequences": 2}
     expected = generate(model, DynamicCache(config=model.config), sequences, 16, **arguments)
     assert torch.equal(generate(model, LatentCache(model), sequences, 16, **arguments), expected)
+
+
+def test_prefill_by_hand_then_generate() -> None:
+    """Without a mask a model gives all sequences the same positions, with one each its own."""
+    model = low_rank("llama")
+    ids = prompts(2)["input_ids"]
+    found = []
+    for cache in (DynamicCache(config=model.config), LatentCache(model)):
+        with torch.no_grad():
+            model(ids[:, :-1], past_key_values=cache)
+        mask = torch.ones_like(ids)
+        found.append(model.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=32))
+    assert torch.equal(*found)
+    assert found[0].shape[1] > 30
+
+
+def test_prompts_that_continue_a_common_one() -> None:
+    model = low_rank("qwen3")
+    ids = prompts(1)["input_ids"]
+    continued = torch.cat([ids.repeat(4, 1), prompts(4)["input_ids"][:, :3]], dim=1)
+    mask = torch.ones_like(continued)
+    mask[1, 20] = 0
+    found = []
+    for cache in (DynamicCache(config=model.config), LatentCache(model)):
+        with torch.no_grad():
+            model(ids, past_key_values=cache)
+        cache.batch_repeat_interleave(4)
+        found.append(model.generate(continued, attention_mask=mask, past_key_values=cache, max_new_tokens=32))
+    assert torch.equal(*found)
+    assert len(set(map(tuple, found[0][:, 23:].tolist()))) == 4
 
 
 def test_assisted_generation_crops() -> None:
@@ -195,6 +265,50 @@ def test_attention_that_is_not_known() -> None:
     model.model.layers[0].self_attn.k_proj.register_forward_hook(lambda _m, _i, output: 2 * output)
     with pytest.raises(ValueError, match="LlamaAttention makes its keys or values in a way that"):
         model(prompts(1)["input_ids"], past_key_values=cache)
+
+
+class OwnAttention(LlamaAttention):
+    """Of a module that has no rotary embedding to redo what the inherited code does."""
+
+
+class OddNorm(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+def test_attention_without_its_own_rotary_embedding() -> None:
+    model = low_rank("llama")
+    model.model.layers[0].self_attn.__class__ = OwnAttention
+    with pytest.raises(ValueError, match="OwnAttention makes its keys or values in a way that"):
+        model(prompts(1)["input_ids"], past_key_values=LatentCache(model))
+
+
+def test_norm_of_neither_a_head_nor_all() -> None:
+    model = low_rank("qwen3")
+    model.model.layers[1].self_attn.k_norm = OddNorm()
+    with pytest.raises(ValueError, match="Qwen3Attention makes its keys or values in a way that"):
+        model(prompts(1)["input_ids"], past_key_values=LatentCache(model))
+
+
+@pytest.mark.parametrize("embeddings", [torch.ones(1, 20, 8), (torch.ones(3, 1, 20, 8),) * 2])
+def test_rotary_embeddings_of_another_form(embeddings: object) -> None:
+    """One complex tensor as in Llama 4, or several kinds of positions as in models of images."""
+    model = low_rank("llama")
+    layer = LatentCache(model).layers[0]
+    layer._embeddings = embeddings
+    with pytest.raises(ValueError, match="LlamaAttention makes its keys or values in a way that"):
+        layer.update(torch.ones(1, 2, 20, 8), torch.ones(1, 2, 20, 8))
+
+
+def test_clipped_keys_are_refused() -> None:
+    config = OlmoConfig(**GROUPED, clip_qkv=3.0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with pytest.raises(ValueError, match="saves nothing for OlmoForCausalLM: clipped keys and values"):
+        LatentCache(model)
 
 
 def test_cache_of_another_model() -> None:

@@ -10,10 +10,11 @@ from architectures import TINY, linears, tiny_model
 from safetensors.torch import load_file, save_file
 from stored import random_tokens
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 from aasvd import checkpoint
 from aasvd.export import merge
+from aasvd.formats import replace_linears
 from aasvd.pruned import PrunedLinear, prune, removed
 
 
@@ -64,10 +65,27 @@ def test_a_removed_layer_returns_zeros_and_stores_no_number(dtype: torch.dtype) 
     assert prune(linear, columns=torch.zeros(5, dtype=torch.bool)).kept.shape == (0, 0)
 
 
+@pytest.mark.parametrize("rows", [True, False])
+def test_autocast_computes_in_bfloat16(rows: bool) -> None:
+    layer = prune(made_up(9, 5, bias=True).float(), rows=some(9, 1) if rows else None)
+    x = torch.randn(3, 5, generator=torch.Generator().manual_seed(3))
+    with torch.autocast("cpu", torch.bfloat16):
+        output = layer(x)
+    assert output.dtype == torch.bfloat16
+    torch.testing.assert_close(output.float(), layer(x), rtol=0, atol=0.1)
+
+
 @pytest.mark.parametrize("size", [(10, 2), (2, 6), (0, 3), (3, 0), (-1, 2)])
 def test_impossible_sizes_are_refused(size: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match=r"rows and .* columns of a linear from 5 to 9"):
         PrunedLinear(5, 9, size, bias=False)
+
+
+def test_a_linear_that_is_not_there_is_named_with_its_field() -> None:
+    model = tiny_model("llama")
+    for field, arguments in (("ranks", {"ranks": {"other": 2}}), ("kept", {"kept": {"other": [1, 1]}})):
+        with pytest.raises(ValueError, match=f"{field} names the module 'other', which LlamaForCausalLM"):
+            replace_linears(model, storage="factors", **{"ranks": {}, **arguments})
 
 
 class Written:
@@ -95,6 +113,7 @@ class Written:
             for part in ("weight", "bias"):
                 state.pop(f"{name}.{part}", None)
             state |= {f"{name}.{part}": tensor for part, tensor in layer.state_dict().items()}
+        self.state = state
         self.folder = folder / "model"
         self.linears = list(layers)
         checkpoint.write(
@@ -132,6 +151,18 @@ def test_logits_are_those_of_the_dense_model_with_zeros(written: Written) -> Non
         logits = model(random_tokens(2)).logits
         torch.testing.assert_close(logits, expected(random_tokens(2)).logits, rtol=1e-6, atol=1e-6)
     written.model.float()
+
+
+def test_backbones_are_saved_and_opened_again(tmp_path: Path) -> None:
+    written = Written(tmp_path, "llama")
+    AutoModel.from_pretrained(written.folder).save_pretrained(tmp_path / "backbone")
+    backbone = AutoModel.from_pretrained(tmp_path / "backbone")
+    kept = {name.removeprefix("model."): size for name, size in written.kept.items()}
+    assert backbone.config.quantization_config.kept == kept
+    tokens = random_tokens(2)
+    with torch.no_grad():
+        expected = load(written.folder).model(tokens).last_hidden_state
+        assert torch.equal(backbone(tokens).last_hidden_state, expected)
 
 
 def test_generation_with_the_cache_equals_generation_without(written: Written) -> None:

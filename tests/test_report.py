@@ -44,6 +44,7 @@ CARD: dict[str, Any] = {
         "storage": "pivoted",
         "precision": "int8",
         "bytes": {"dense": 2_000_000, "compressed": 700_000},
+        "cache_bytes_per_token": {"ordinary": 2048, "latents": 1536, "reason": ""},
     },
     "base": {"hub": "org/name", "revision": "main"},
     "shapes": {
@@ -72,6 +73,16 @@ def test_model_card_says_what_it_is() -> None:
         assert line in card.splitlines()
     assert "mine (hub org/name, revision main)" in card
     assert "storage pivoted, precision int8" in card and "0.5987" in card
+
+
+def test_model_card_says_what_a_cache_takes() -> None:
+    assert "takes 2,048 bytes in the ordinary cache" in report.model_card(**CARD)
+    assert "takes 1,536 and more time" in report.model_card(**CARD)
+    for ordinary in (64, None):
+        counts = {"ordinary": ordinary, "latents": None, "reason": "nothing to save"}
+        card = report.model_card(**{**CARD, "result": CARD["result"] | {"cache_bytes_per_token": counts}})
+        assert "No cache of latents: nothing to save." in card
+        assert ("takes 64 bytes" in card) == (ordinary is not None)
 
 
 def test_model_card_holds_nothing_that_changes_between_runs() -> None:

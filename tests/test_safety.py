@@ -10,6 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_checkpoint import Q_PROJ, Written, load
+from test_pruned import Written as Pruned
 from torch import Tensor
 
 from aasvd.formats import FORMATS
@@ -33,6 +34,11 @@ def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return Written(tmp_path_factory.mktemp(request.param), "llama", storage=request.param)
 
 
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory: pytest.TempPathFactory) -> Pruned:
+    return Pruned(tmp_path_factory.mktemp("pruned"), "llama")
+
+
 def state(folder: Path) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in load(folder).state_dict().items()}
 
@@ -48,7 +54,7 @@ def refused_or_same(folder: Path, expected: dict[str, Tensor]) -> None:
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def copied(written: Written, folder: Path, *, checksums: bool) -> Path:
+def copied(written: Written | Pruned, folder: Path, *, checksums: bool) -> Path:
     target = folder / "copy"
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(written.folder, target)
@@ -81,6 +87,32 @@ def test_mutated_quantization_config(written: Written, tmp_path: Path, data: st.
         quantization["storage"] = data.draw(st.sampled_from(list(FORMATS)))
     (folder / "config.json").write_text(json.dumps(config))
     refused_or_same(folder, written.state)
+
+
+@SEARCH
+@given(data=st.data())
+def test_mutated_kept_sizes(pruned: Pruned, tmp_path: Path, data: st.DataObject) -> None:
+    folder = copied(pruned, tmp_path, checksums=False)
+    config = json.loads((folder / "config.json").read_text())
+    quantization: dict[str, Any] = config["quantization_config"]
+    kept = quantization["kept"]
+    name = data.draw(st.sampled_from(sorted(kept)))
+    kind = data.draw(st.sampled_from(["value", "remove", "size", "sizes", "name", "both"]))
+    if kind == "value":
+        quantization["kept"] = data.draw(JSON)
+    elif kind == "remove":
+        del kept[name]
+    elif kind == "size":
+        kept[name] = data.draw(JSON)
+    elif kind == "sizes":
+        kept[name] = data.draw(st.lists(st.integers(-2, 50), min_size=1, max_size=3))
+    elif kind == "name":
+        names = st.text(max_size=8) | st.sampled_from(["model", "lm_head", "model.norm", f"{name}.kept"])
+        kept[data.draw(names)] = data.draw(st.lists(st.integers(0, 40), min_size=2, max_size=2))
+    else:
+        quantization["ranks"][name] = data.draw(st.integers(1, 40))
+    (folder / "config.json").write_text(json.dumps(config))
+    refused_or_same(folder, pruned.state)
 
 
 @SEARCH

@@ -134,6 +134,8 @@ def test_pruning_methods_are_methods_as_all_others(another: Copy) -> None:
         result = another.evaluation(f"tiny_r0.6_{method}")
         assert result["storage"] == "pruned"
         assert result["bytes"]["compressed"] < result["bytes"]["dense"]
+        cache = result["cache_bytes_per_token"]
+        assert cache["ordinary"] > 0 and cache["latents"] is None and "no rank is below" in cache["reason"]
     assert rows["shortgpt"]["kept_linears"] == pytest.approx(1 / 3)
     # Less than one neuron below: three vectors in each block.
     weights = result["parameters"]["linears"]["dense"] / BLOCKS

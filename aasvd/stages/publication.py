@@ -8,7 +8,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from aasvd import blocks, checkpoint, comparison, paper, params, progress, report, results
+from aasvd import blocks, checkpoint, comparison, latents, paper, params, progress, report, results
 from aasvd.artifacts import read_json, replacing, write_json, write_table
 from aasvd.provenance import code_digest, git_state, versions
 from aasvd.stages.stage import PASSES, stage
@@ -66,6 +66,7 @@ def publish(
                 "linears": {"dense": before, "compressed": stored["linears"]},
             },
             "bytes": {"dense": dense_source.byte_count(), "compressed": stored["bytes"]},
+            "cache_bytes_per_token": latents.summary(checkpoint.outline(folder)),
             **results.side_by_side(*measured),
             "evaluation": run.settings["evaluation"],
             "seconds": _seconds(everything),
