@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from aasvd.capture import sharing
 from aasvd.lowrank import CompressedLinear, product
@@ -122,7 +121,9 @@ def _plain_attention(model: nn.Module) -> Iterator[None]:
     Who shares an input does not depend on the kernel that it was opened with, which may refuse the device or
     type that it is in at the moment, as flash attention does on CPUs and in float32.
     """
-    configs = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
+    # Found without transformers' classes: importing them here would be a circle (`aasvd.checkpoint`).
+    found = [getattr(module, "config", None) for module in model.modules()]
+    configs: list[Any] = [config for config in found if hasattr(config, "_attn_implementation")]
     chosen = [config._attn_implementation for config in configs]
     try:
         for config in configs:

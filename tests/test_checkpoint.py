@@ -442,6 +442,8 @@ def test_backbones_are_saved_and_opened_again_with_and_without_head(
         "import aasvd; from transformers import LlamaForCausalLM",
         "import transformers.modeling_utils, aasvd",
         "import aasvd.checkpoint; aasvd.checkpoint.register()",
+        "import aasvd.fusion",
+        "import aasvd.stages",
     ],
 )
 def test_importing_registers_in_any_order(first: str) -> None:
