@@ -882,7 +882,7 @@ def test_dvc_stages_watch_parameters_that_exist(config: Config) -> None:
             assert section in config, f"{name}: {key}"
     # Artifacts of all parameters lie side by side: what a run's numbers are made from, only parameters say.
     for stage in (stages["evaluate"], stages["publish"]["do"]):
-        assert {*stage["params"], "runs", "comparison"} == set(config)
+        assert {*stage["params"], "runs", "comparison", "comparisons"} == set(config)
 
 
 def test_only_the_files_of_early_phases_need_no_number_of_blocks(local: Config) -> None:

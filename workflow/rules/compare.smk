@@ -21,6 +21,12 @@ def uncompared(wildcards):
     return [marker(written)] if written.exists() and json.loads(written.read_text()) != compared(wildcards) else []
 
 
+def compared_in_report(what):
+    """Where the report shows a part of a comparison."""
+    labels = {"runs": "{comparison}", "what": what}
+    return {"caption": "../report/compare.rst", "category": "Comparison", "labels": labels}
+
+
 rule compare:
     """Compare methods at several ratios: a table in four formats, and perplexity against ratio."""
     input:
@@ -28,22 +34,12 @@ rule compare:
         published=ancient(PUBLISHED),
         uncompared=uncompared,
     output:
-        page=report(
-            "results/compare/{comparison}.html",
-            caption="../report/compare.rst",
-            category="Comparison",
-            labels={"runs": "{comparison}", "what": "all methods"},
-        ),
+        page=report("results/compare/{comparison}.html", **compared_in_report("all methods")),
         markdown="results/compare/{comparison}.md",
         latex="results/compare/{comparison}.tex",
         parquet="results/compare/{comparison}.parquet",
         contents="results/compare/{comparison}.json",
-        figure=report(
-            "results/compare/{comparison}.svg",
-            caption="../report/compare.rst",
-            category="Comparison",
-            labels={"runs": "{comparison}", "what": "perplexity against ratio"},
-        ),
+        figure=report("results/compare/{comparison}.svg", **compared_in_report("perplexity against ratio")),
     log:
         "logs/compare/{comparison}.log",
     wildcard_constraints:
@@ -53,10 +49,5 @@ rule compare:
         shown=compared,
     run:
         unwatched.compare(
-            evaluations=input.evaluations,
-            published=input.published,
-            **output,
-            compared=params.compared,
-            shown=params.shown,
-            log=log[0],
+            evaluations=input.evaluations, published=input.published, **output, **params, log=log[0]
         )
