@@ -76,3 +76,10 @@ def stages(wildcards):
 
 # The same for what shows finished runs: it says nothing of how far one is, and would leave `running` behind.
 unwatched = Stages([])
+
+
+onstart:
+    # Stages compute in Snakemake's own process. Its limit of jobs per second, which is for clusters, makes it look for
+    # jobs to start every second as many times as jobs ended while others waited: soon that takes the interpreter.
+    if workflow.local_exec:
+        workflow.scheduler.job_rate_limiter = None
