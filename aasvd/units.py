@@ -23,6 +23,20 @@ _TOLERANCE = 1e-4
 _MIXED = -1
 
 
+class Example(NamedTuple):
+    """How a block is called on sequences that show how it is built; what they hold does not matter.
+
+    Attributes:
+        arguments: The block's keyword arguments for sequences of `tokens`.
+        width: Width of its input.
+        tokens: Length of the sequences.
+    """
+
+    arguments: Mapping[str, Any]
+    width: int
+    tokens: int
+
+
 class Units(NamedTuple):
     """The heads of an attention branch, or the neurons of an MLP.
 
@@ -77,65 +91,57 @@ class _Trace(NamedTuple):
     attending: list[list[str]]
 
 
-def branches(
-    block: nn.Module, *, arguments: Mapping[str, Any], width: int, tokens: int
-) -> dict[str, list[str]]:
+def branches(block: nn.Module, example: Example) -> dict[str, list[str]]:
     """Return the names of a block's linears by branch: those of the module that attends, and the others.
 
     Args:
         block: A block, on any device; the weights of its linears are not looked at.
-        arguments: The block's keyword arguments for sequences of `tokens`.
-        width: Width of its input.
-        tokens: Length of the sequences that the arguments are for.
+        example: How it is called.
 
     Raises:
         ValueError: If the block does not attend exactly once.
     """
-    return _branches(block, _trace(block, arguments=arguments, width=width, tokens=tokens))
+    return _branches(block, _trace(block, example))
 
 
-def heads_and_neurons(
-    block: nn.Module, *, arguments: Mapping[str, Any], width: int, tokens: int
-) -> dict[str, Units]:
+def heads_and_neurons(block: nn.Module, example: Example) -> dict[str, Units]:
     """Return the units of both branches of a block.
 
     Args:
         block: A block, on any device; the weights of its linears are not looked at.
-        arguments: The block's keyword arguments for sequences of `tokens`.
-        width: Width of its input.
-        tokens: Length of the sequences that the arguments are for.
+        example: How it is called.
 
     Raises:
         ValueError: If the block does not attend exactly once, or the columns of a branch's last linear do
             not belong to one head or neuron each.
     """
-    trace = _trace(block, arguments=arguments, width=width, tokens=tokens)
+    trace = _trace(block, example)
     names = _branches(block, trace)
     return {"attention": _heads(trace, names["attention"]), "mlp": _neurons(trace, names["mlp"])}
 
 
-def is_residual(block: nn.Module, *, arguments: Mapping[str, Any], width: int, tokens: int) -> bool:
+def is_residual(block: nn.Module, example: Example) -> bool:
     """Tell whether a block without its linears returns its input: whether its branches can be removed."""
     parameter = next(block.parameters())
-    x = _variable(1, tokens, width).to(parameter.device, parameter.dtype)
+    x = _variable(1, example.tokens, example.width).to(parameter.device, parameter.dtype)
     with torch.no_grad(), without(block, linears(block)):
-        return torch.equal(block(x.detach(), **arguments), x)
+        return torch.equal(block(x.detach(), **example.arguments), x)
 
 
-def require_residual(block: nn.Module, *, arguments: Mapping[str, Any], width: int, tokens: int) -> None:
+def require_residual(block: nn.Module, example: Example) -> None:
     """Make sure that branches of a block can be removed.
 
     Raises:
         ValueError: If they cannot, since the block does not only add them to its input.
     """
-    if not is_residual(block, arguments=arguments, width=width, tokens=tokens):
+    if not is_residual(block, example):
         raise ValueError(
             f"{type(block).__name__} does not only add to its input, so neither it nor its attention or MLP "
             "can be removed"
         )
 
 
-def _trace(block: nn.Module, *, arguments: Mapping[str, Any], width: int, tokens: int) -> _Trace:
+def _trace(block: nn.Module, example: Example) -> _Trace:
     """Call a block, in float64 on the host, with independent variables behind its linears and attention."""
     trace = _Trace({}, {}, [], [], [])
 
@@ -156,13 +162,13 @@ def _trace(block: nn.Module, *, arguments: Mapping[str, Any], width: int, tokens
         return trace.attended[-1]
 
     host = torch.device("cpu")
-    placed = place(arguments, device=host, dtype=torch.float64)
+    placed = place(example.arguments, device=host, dtype=torch.float64)
     weights = [parameter for module in linears(block).values() for parameter in module.parameters()]
     # A copy without its linears' weights, which nothing looks at.
     light = copy.deepcopy(block, {id(weight): nn.Parameter(torch.empty(0)) for weight in weights})
     light.to(host, torch.float64)
     with attention.replaced(attend), instead(light, {name: linear(name) for name in linears(light)}):
-        light(_variable(1, tokens, width), **placed)
+        light(_variable(1, example.tokens, example.width), **placed)
     return trace
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from aasvd.blocks import Head, linears
 from aasvd.pruning import Branch, Removals, channel_squares, wanda_sp
-from aasvd.units import BRANCHES, branches, heads_and_neurons
+from aasvd.units import BRANCHES, Example, branches, heads_and_neurons
 
 HEADS, WIDTH_OF_HEAD, NEURONS = 4, 8, 48
 
@@ -23,8 +23,8 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Stored:
     return store(tiny_model("llama"), tmp_path_factory.mktemp("llama"))
 
 
-def around(stored: Stored) -> dict[str, Any]:
-    return {"arguments": stored.arguments(torch.float64)[0], "width": WIDTH, "tokens": TOKENS}
+def around(stored: Stored) -> Example:
+    return Example(stored.arguments(torch.float64)[0], WIDTH, TOKENS)
 
 
 def inputs_of(block: nn.Module, name: str, x: Tensor, call: dict[str, Any]) -> Tensor:
@@ -37,7 +37,7 @@ def inputs_of(block: nn.Module, name: str, x: Tensor, call: dict[str, Any]) -> T
 
 
 def test_channel_squares_are_summed_over_all_tokens(llama: Stored, tmp_path: Path) -> None:
-    block, call = llama.block(dtype=torch.float64), around(llama)["arguments"]
+    block, call = llama.block(dtype=torch.float64), around(llama).arguments
     x = torch.randn(5, TOKENS, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     names = ["self_attn.o_proj", "mlp.down_proj"]
     found = channel_squares(
@@ -52,7 +52,7 @@ def test_channel_squares_are_summed_over_all_tokens(llama: Stored, tmp_path: Pat
 def test_wanda_sp_drops_the_lowest_heads_and_fills_the_budget_with_the_highest_neurons(
     llama: Stored, ratio: float
 ) -> None:
-    block, call = llama.block(dtype=torch.float64), around(llama)["arguments"]
+    block, call = llama.block(dtype=torch.float64), around(llama).arguments
     x = torch.randn(4, TOKENS, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     layers = linears(block)
     squares = {
@@ -61,7 +61,7 @@ def test_wanda_sp_drops_the_lowest_heads_and_fills_the_budget_with_the_highest_n
     }
     dense = sum(linear.weight.numel() for linear in layers.values())
     budget = int(ratio * dense)
-    masks = wanda_sp(layers, heads_and_neurons(block, **around(llama)), squares, budget=budget)
+    masks = wanda_sp(layers, heads_and_neurons(block, around(llama)), squares, budget=budget)
     assert set(masks) == set(layers)
 
     # By the published formula: mean over outputs of |W_ij| ‖x_j‖, summed over the columns of a head.
@@ -101,7 +101,7 @@ def test_a_budget_without_a_neuron_is_refused(llama: Stored) -> None:
     block = llama.block(dtype=torch.float64)
     squares = {"self_attn.o_proj": torch.ones(WIDTH).double(), "mlp.down_proj": torch.ones(NEURONS).double()}
     with pytest.raises(ValueError, match="leave no neuron beside 1 heads"):
-        wanda_sp(linears(block), heads_and_neurons(block, **around(llama)), squares, budget=900)
+        wanda_sp(linears(block), heads_and_neurons(block, around(llama)), squares, budget=900)
 
 
 # --- BlockPruner -------------------------------------------------------------------------------------------
@@ -118,9 +118,7 @@ class Searched:
         found = [
             Branch(index, kind, names)
             for index, block in enumerate(self.blocks)
-            for kind, names in branches(
-                block, arguments=self.calls[index], width=WIDTH, tokens=TOKENS
-            ).items()
+            for kind, names in branches(block, Example(self.calls[index], WIDTH, TOKENS)).items()
         ]
         self.branches = sorted(found, key=lambda branch: BRANCHES.index(branch.kind))
         self.head = Head(self.stored.source, self.stored.parts, device=CPU, dtype=torch.float64)

@@ -1,7 +1,6 @@
 """Branches, heads and neurons are found on every architecture, and their removal is a mask."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from aasvd import attention
 from aasvd.blocks import linears
 from aasvd.capture import without
 from aasvd.pruned import prune, removed
-from aasvd.units import branches, heads_and_neurons, is_residual
+from aasvd.units import Example, branches, heads_and_neurons, is_residual
 
 HEADS = 4  # of every tiny model
 GROUPS = {"opt": 4, "gpt_neox": 4}  # of keys and values; two in all others
@@ -24,8 +23,8 @@ def stored(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return store(tiny_model(request.param), tmp_path_factory.mktemp(request.param))
 
 
-def around(stored: Stored) -> dict[str, Any]:
-    return {"arguments": stored.arguments(torch.float64)[0], "width": WIDTH, "tokens": TOKENS}
+def around(stored: Stored) -> Example:
+    return Example(stored.arguments(torch.float64)[0], WIDTH, TOKENS)
 
 
 def hidden() -> Tensor:
@@ -35,7 +34,7 @@ def hidden() -> Tensor:
 
 def test_branches_are_attention_and_the_rest(stored: Stored) -> None:
     block = stored.block(dtype=torch.float64)
-    found = branches(block, **around(stored))
+    found = branches(block, around(stored))
     assert sorted([*found["attention"], *found["mlp"]]) == sorted(linears(block))
     assert {name for name in linears(block) if "att" in name} == set(found["attention"])
 
@@ -43,9 +42,9 @@ def test_branches_are_attention_and_the_rest(stored: Stored) -> None:
 def test_nothing_is_left_of_a_block_without_its_linears(stored: Stored) -> None:
     """A removed branch adds nothing; without both, a block returns its input to the last bit."""
     block = stored.block(dtype=torch.float64)
-    call, x = around(stored)["arguments"], hidden()
-    assert is_residual(block, **around(stored))
-    found = branches(block, **around(stored))
+    call, x = around(stored).arguments, hidden()
+    assert is_residual(block, around(stored))
+    found = branches(block, around(stored))
     for names in found.values():
         emptied = stored.block(dtype=torch.float64)
         with torch.no_grad():
@@ -73,9 +72,9 @@ def test_a_block_that_does_more_than_add_is_told(tmp_path: Path) -> None:
         def forward(self, x: Tensor) -> Tensor:
             return nn.functional.layer_norm(x + self.linear(x), (4,))
 
-    assert not is_residual(Scaled(), arguments={}, width=4, tokens=3)
+    assert not is_residual(Scaled(), Example({}, 4, 3))
     with pytest.raises(ValueError, match="calls attention 0 times"):
-        branches(Scaled(), arguments={}, width=4, tokens=3)
+        branches(Scaled(), Example({}, 4, 3))
 
 
 def masked_attention(gone: list[int]) -> attention.StandIn:
@@ -97,8 +96,8 @@ def masked_attention(gone: list[int]) -> attention.StandIn:
 def test_removing_heads_is_masking_what_attention_returns(stored: Stored, gone: list[int]) -> None:
     """Also of layers with fused projections, norms of heads and shared keys and values."""
     dense, block = stored.block(dtype=torch.float64), stored.block(dtype=torch.float64)
-    call, x = around(stored)["arguments"], hidden()
-    heads = heads_and_neurons(block, **around(stored))["attention"]
+    call, x = around(stored).arguments, hidden()
+    heads = heads_and_neurons(block, around(stored))["attention"]
     assert heads.number == HEADS
     kept = torch.ones(HEADS, dtype=torch.bool)
     kept[gone] = False
@@ -123,8 +122,8 @@ def test_removing_heads_is_masking_what_attention_returns(stored: Stored, gone: 
 
 def test_removing_neurons_is_masking_them(stored: Stored) -> None:
     dense, block = stored.block(dtype=torch.float64), stored.block(dtype=torch.float64)
-    call, x = around(stored)["arguments"], hidden()
-    neurons = heads_and_neurons(block, **around(stored))["mlp"]
+    call, x = around(stored).arguments, hidden()
+    neurons = heads_and_neurons(block, around(stored))["mlp"]
     kept = torch.rand(neurons.number, generator=torch.Generator().manual_seed(2)) < 0.5
     stays = int(kept.sum())
     for name, (rows, columns) in neurons.masks(kept).items():
@@ -142,7 +141,7 @@ def test_a_row_that_several_heads_need_stays(tmp_path: Path) -> None:
     """A norm over all heads together ties them."""
     stored = store(tiny_model("llama"), tmp_path)
     block = stored.block(dtype=torch.float64)
-    plain = heads_and_neurons(block, **around(stored))["attention"]
+    plain = heads_and_neurons(block, around(stored))["attention"]
 
     class Joint(nn.Module):
         """Normalises all heads of a query together, as OLMo2 does."""
@@ -158,7 +157,7 @@ def test_a_row_that_several_heads_need_stays(tmp_path: Path) -> None:
     query = block.get_submodule("self_attn.q_proj")
     assert isinstance(query, nn.Linear)
     block.set_submodule("self_attn.q_proj", Joint(query))
-    tied = heads_and_neurons(block, **around(stored))["attention"]
+    tied = heads_and_neurons(block, around(stored))["attention"]
     assert (tied.rows["self_attn.q_proj.linear"] == -1).all()
     assert torch.equal(tied.rows["self_attn.k_proj"], plain.rows["self_attn.k_proj"])
     kept = torch.tensor([True, False, False, False])

@@ -52,7 +52,7 @@ def solve_block(
                 Path(output), _wanda_sp(around, Activations(Path(shifted or "")), chosen, measured)
             )
         if 0 in chosen.values():
-            units.require_residual(around.original(), **around.short())
+            units.require_residual(around.original(), around.short())
         known = statistics_of(
             covariances, gradients=gradients, fisher=fisher, buckets=buckets, device=around.device
         )
@@ -88,7 +88,7 @@ def _wanda_sp(
     # The weights as they are stored; their statistics come from passes in the pipeline's float type.
     block = around.original(torch.float32)
     linears = blocks.linears(block)
-    found = units.heads_and_neurons(block, **around.short())
+    found = units.heads_and_neurons(block, around.short())
     squares = pruning.channel_squares(
         around.original(),
         [some.output for some in found.values()],

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
-from aasvd import blocks, checkpoint, compress, formats, objectives, progress
+from aasvd import blocks, checkpoint, compress, formats, objectives, progress, units
 from aasvd.artifacts import Activations, read_json, read_tensors, writing_activations
 from aasvd.covariance import unpack
 from aasvd.device import compute_device, compute_dtype
@@ -41,10 +41,10 @@ class Block:
         found = blocks.forward_arguments(self.parts, tokens=tokens, device=self.device, dtype=self.dtype)
         return found[self.index]
 
-    def short(self) -> dict[str, Any]:
-        """Return what `aasvd.units` wants to know besides a block, for short sequences: they show as much."""
+    def short(self) -> units.Example:
+        """Return how the block is called on short sequences: they show as much of how it is built."""
         width = self.parts.model.config.get_text_config().hidden_size
-        return {"arguments": self._arguments(SHORT), "width": width, "tokens": SHORT}
+        return units.Example(self._arguments(SHORT), width, SHORT)
 
     def groups(self, hidden: Activations, arguments: Mapping[str, Any]) -> list[list[str]]:
         """Return the names of the block's linears, grouped by shared input, in the order they are called."""

@@ -48,9 +48,9 @@ def order_branches(
         # Of short sequences, which show as much.
         short = blocks.forward_arguments(parts, tokens=SHORT, **call)
         for index, block in enumerate(model):
-            around: dict[str, Any] = {"arguments": short[index], "width": x.shape[2], "tokens": SHORT}
-            units.require_residual(block, **around)
-            for kind, names in units.branches(block, **around).items():
+            example = units.Example(short[index], x.shape[2], SHORT)
+            units.require_residual(block, example)
+            for kind, names in units.branches(block, example).items():
                 found.append(pruning.Branch(index, kind, names))
         found.sort(key=lambda branch: units.BRANCHES.index(branch.kind))
         head = blocks.Head(dense, parts, **call)
