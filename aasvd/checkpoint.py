@@ -237,9 +237,21 @@ def outline(folder: Path) -> Any:
     """Return the causal model of a checkpoint with its compressed layers on the meta device, unfilled."""
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     stored = AasvdConfig(**config.quantization_config)
+    return _unfilled(config, stored.ranks, storage=stored.storage, kept=stored.kept, dtype=config.dtype)
+
+
+def _unfilled(
+    config: Any,
+    ranks: Mapping[str, int],
+    *,
+    storage: str,
+    kept: Mapping[str, Sequence[int]] | None,
+    dtype: torch.dtype,
+) -> Any:
+    """Return a causal model with compressed layers on the meta device."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=config.dtype, trust_remote_code=False)
-    replace_linears(model, stored.ranks, storage=stored.storage, kept=stored.kept)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    replace_linears(model, ranks, storage=storage, kept=kept)
     return model
 
 
@@ -322,9 +334,7 @@ def write(
     config = AutoConfig.from_pretrained(dense, local_files_only=True, trust_remote_code=False)
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(f"{dense} is already quantized: its config.json has a quantization_config")
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
-    replace_linears(model, ranks, storage=storage, kept=kept)
+    model = _unfilled(config, ranks, storage=storage, kept=kept, dtype=dtype)
     plain = json.loads(json.dumps(details, allow_nan=False))
     model.config.quantization_config = AasvdConfig(
         ranks=ranks, storage=storage, kept=kept, details=plain, format_version=FORMAT_VERSION
