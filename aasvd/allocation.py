@@ -507,11 +507,9 @@ def from_file(problem: Problem) -> Allocation:
             f"{path}: expected an object with the rank of all {len(names)} linears, such as {names[0]!r}; "
             f"{difference[0]!r} is missing or unknown"
         )
+    pruned = problem.storage == "pruned"  # which has no ranks: all of a linear or nothing
     for layer, name in zip(problem.layers, names, strict=True):
-        rank, pruned = (
-            given[name],
-            problem.storage == "pruned",
-        )  # which has no ranks: all of a linear or nothing
+        rank = given[name]
         largest = 0 if pruned else COSTS[problem.storage].largest(*layer.shape)
         if rank is not None and (type(rank) is not int or not 0 <= rank <= largest):
             ranks_of_others = "" if pruned else f"1 to {largest}, "
