@@ -90,23 +90,10 @@ class Pruned(Chain):
             log=self.log,
         )
 
-    def solve(self, block: int) -> None:
-        stages.solve_block(
-            source=self.path("source.json"),
-            covariances=self.path(f"c{block}"),
-            original=None,
-            shifted=self.path(f"s{block}" if block else "x0"),
-            ranks=self.path("ranks.json"),
-            gradients=None,
-            fisher=None,
-            buckets=None,
-            output=self.path(f"refined{block}"),
-            record=self.path(f"solve{block}.json"),
-            index=block,
-            calibration=CALIBRATION,
-            compression=self.compression,
-            log=self.log,
-        )
+    def solve(self, block: int, **changed: Any) -> None:
+        # Nothing is refined, so what is solved is what goes on.
+        own = {"original": None, "output": self.path(f"refined{block}"), "compression": self.compression}
+        super().solve(block, **(own | changed))
 
     def prune(self) -> PreTrainedModel:
         for block in range(self.count):
@@ -302,19 +289,5 @@ def test_blocks_that_do_more_than_add_are_refused(tmp_path: Path) -> None:
     ranks = read_json(Path(run.path("ranks.json")))["ranks"]
     write_json(Path(run.path("ranks.json")), {"ranks": dict.fromkeys(ranks, 0)})
     with pytest.raises(stages.StageError, match="OPTDecoderLayer does not only add to its input"):
-        stages.solve_block(
-            source=run.path("source.json"),
-            covariances=run.path("c0"),
-            original=None,
-            shifted=None,
-            ranks=run.path("ranks.json"),
-            gradients=None,
-            fisher=None,
-            buckets=None,
-            output=run.path("solved0"),
-            record=run.path("solve0.json"),
-            index=0,
-            calibration=CALIBRATION,
-            compression={**COMPRESSION, **METHODS["shortgpt"], "storage": "pruned"},
-            log=run.log,
-        )
+        compression = {**COMPRESSION, **METHODS["shortgpt"], "storage": "pruned"}
+        run.solve(0, original=None, shifted=None, compression=compression)

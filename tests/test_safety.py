@@ -1,7 +1,9 @@
 """The loader under damaged and hostile folders: a clear error or the very same model, never anything else."""
 
+import contextlib
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -63,56 +65,60 @@ def copied(written: Written | Pruned, folder: Path, *, checksums: bool) -> Path:
     return target
 
 
+@contextlib.contextmanager
+def mutated(written: Written | Pruned, folder: Path) -> Iterator[dict[str, Any]]:
+    """Yield a quantization_config to change; then it is refused, or the model is the one that was written.
+
+    Without SHA256SUMS, so that the checks of the config itself are what is tested.
+    """
+    target = copied(written, folder, checksums=False)
+    config = json.loads((target / "config.json").read_text())
+    yield config["quantization_config"]
+    (target / "config.json").write_text(json.dumps(config))
+    refused_or_same(target, written.state)
+
+
 @SEARCH
 @given(data=st.data())
 def test_mutated_quantization_config(written: Written, tmp_path: Path, data: st.DataObject) -> None:
-    """Without SHA256SUMS, so that the checks of the config itself are what is tested."""
-    folder = copied(written, tmp_path, checksums=False)
-    config = json.loads((folder / "config.json").read_text())
-    quantization: dict[str, Any] = config["quantization_config"]
-    kind = data.draw(st.sampled_from(["value", "remove", "add", "rank", "name", "storage"]))
-    key = data.draw(st.sampled_from(["format_version", "storage", "ranks"]))
-    if kind == "value":
-        quantization[key] = data.draw(JSON)
-    elif kind == "remove":
-        del quantization[key]
-    elif kind == "add":
-        quantization[data.draw(st.text(min_size=1, max_size=5))] = data.draw(JSON)
-    elif kind == "rank":
-        quantization["ranks"][Q_PROJ] = data.draw(JSON | st.integers(-3, 40))
-    elif kind == "name":
-        names = st.text(max_size=8) | st.sampled_from(["model", "lm_head", "model.norm", f"{Q_PROJ}.u"])
-        quantization["ranks"][data.draw(names)] = data.draw(st.integers(1, 40))
-    else:
-        quantization["storage"] = data.draw(st.sampled_from(list(FORMATS)))
-    (folder / "config.json").write_text(json.dumps(config))
-    refused_or_same(folder, written.state)
+    with mutated(written, tmp_path) as quantization:
+        kind = data.draw(st.sampled_from(["value", "remove", "add", "rank", "name", "storage"]))
+        key = data.draw(st.sampled_from(["format_version", "storage", "ranks"]))
+        if kind == "value":
+            quantization[key] = data.draw(JSON)
+        elif kind == "remove":
+            del quantization[key]
+        elif kind == "add":
+            quantization[data.draw(st.text(min_size=1, max_size=5))] = data.draw(JSON)
+        elif kind == "rank":
+            quantization["ranks"][Q_PROJ] = data.draw(JSON | st.integers(-3, 40))
+        elif kind == "name":
+            names = st.text(max_size=8) | st.sampled_from(["model", "lm_head", "model.norm", f"{Q_PROJ}.u"])
+            quantization["ranks"][data.draw(names)] = data.draw(st.integers(1, 40))
+        else:
+            quantization["storage"] = data.draw(st.sampled_from(list(FORMATS)))
 
 
 @SEARCH
 @given(data=st.data())
 def test_mutated_kept_sizes(pruned: Pruned, tmp_path: Path, data: st.DataObject) -> None:
-    folder = copied(pruned, tmp_path, checksums=False)
-    config = json.loads((folder / "config.json").read_text())
-    quantization: dict[str, Any] = config["quantization_config"]
-    kept = quantization["kept"]
-    name = data.draw(st.sampled_from(sorted(kept)))
-    kind = data.draw(st.sampled_from(["value", "remove", "size", "sizes", "name", "both"]))
-    if kind == "value":
-        quantization["kept"] = data.draw(JSON)
-    elif kind == "remove":
-        del kept[name]
-    elif kind == "size":
-        kept[name] = data.draw(JSON)
-    elif kind == "sizes":
-        kept[name] = data.draw(st.lists(st.integers(-2, 50), min_size=1, max_size=3))
-    elif kind == "name":
-        names = st.text(max_size=8) | st.sampled_from(["model", "lm_head", "model.norm", f"{name}.kept"])
-        kept[data.draw(names)] = data.draw(st.lists(st.integers(0, 40), min_size=2, max_size=2))
-    else:
-        quantization["ranks"][name] = data.draw(st.integers(1, 40))
-    (folder / "config.json").write_text(json.dumps(config))
-    refused_or_same(folder, pruned.state)
+    with mutated(pruned, tmp_path) as quantization:
+        kept = quantization["kept"]
+        name = data.draw(st.sampled_from(sorted(kept)))
+        kind = data.draw(st.sampled_from(["value", "remove", "size", "sizes", "name", "both"]))
+        if kind == "value":
+            quantization["kept"] = data.draw(JSON)
+        elif kind == "remove":
+            del kept[name]
+        elif kind == "size":
+            kept[name] = data.draw(JSON)
+        elif kind == "sizes":
+            kept[name] = data.draw(st.lists(st.integers(-2, 50), min_size=1, max_size=3))
+        elif kind == "name":
+            names = st.text(max_size=8) | st.sampled_from(["model", "lm_head", "model.norm", f"{name}.kept"])
+            kept[data.draw(names)] = data.draw(st.lists(st.integers(0, 40), min_size=2, max_size=2))
+        else:
+            quantization["ranks"][name] = data.draw(st.integers(1, 40))
 
 
 @SEARCH

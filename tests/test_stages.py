@@ -104,23 +104,24 @@ class Chain:
             )
         return count
 
-    def solve(self, block: int) -> None:
-        stages.solve_block(
-            source=self.path("source.json"),
-            covariances=self.path(f"c{block}"),
-            original=self.path(f"x{block}"),
-            shifted=self.path(f"s{block}" if block else "x0"),
-            ranks=self.path("ranks.json"),
-            gradients=None,
-            fisher=None,
-            buckets=None,
-            output=self.path(f"solved{block}"),
-            record=self.path(f"solve{block}.json"),
-            index=block,
-            calibration=CALIBRATION,
-            compression={**COMPRESSION, "storage": self.storage},
-            log=self.log,
-        )
+    def solve(self, block: int, **changed: Any) -> None:
+        arguments: dict[str, Any] = {
+            "source": self.path("source.json"),
+            "covariances": self.path(f"c{block}"),
+            "original": self.path(f"x{block}"),
+            "shifted": self.path(f"s{block}" if block else "x0"),
+            "ranks": self.path("ranks.json"),
+            "gradients": None,
+            "fisher": None,
+            "buckets": None,
+            "output": self.path(f"solved{block}"),
+            "record": self.path(f"solve{block}.json"),
+            "index": block,
+            "calibration": CALIBRATION,
+            "compression": {**COMPRESSION, "storage": self.storage},
+            "log": self.log,
+        }
+        stages.solve_block(**(arguments | changed))
 
     def refine(self, block: int, output: str = "refined", **changed: Any) -> None:
         stages.refine_block(
