@@ -4,9 +4,11 @@ import contextlib
 import ctypes
 import gc
 import os
-from collections.abc import Iterator
-from concurrent.futures import Executor, ThreadPoolExecutor
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -43,18 +45,27 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 @contextlib.contextmanager
-def one_thread_each() -> Iterator[Executor]:
-    """Yield workers, as many as torch has threads, each of which computes on one thread.
+def one_thread_each(device: torch.device) -> Iterator[Callable[..., Iterable[Any]]]:
+    """Yield a `map` that, on a CPU with several threads, computes as many items at once, one thread each.
 
     For thousands of small operations, for which threads that share each of them wait longer than they work.
+    Whoever opens it still computes on all threads.
     """
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as workers:
-            yield workers
-    finally:
+    if device.type != "cpu" or threads == 1:
+        yield map
+        return
+    ready = threading.Barrier(threads)
+
+    def start(_: int) -> None:
+        torch.set_num_threads(1)
+        torch.get_num_threads()  # from here on this thread keeps its own number, whatever others set
+        ready.wait()
+
+    with ThreadPoolExecutor(threads) as workers:
+        list(workers.map(start, range(threads)))
         torch.set_num_threads(threads)
+        yield workers.map
 
 
 def process_memory(key: str) -> int | None:

@@ -8,7 +8,7 @@ type, so that small updates are not lost and the loss is that of the weights as 
 import copy
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aasvd.artifacts import Activations
+from aasvd.device import one_thread_each
+from aasvd.muon import Muon
 
 WARM_UP = 0.1  # share of the steps with a rising learning rate
 FLOOR = 0.1  # final learning rate, relative to its peak
@@ -109,43 +111,46 @@ def refine(
     # At float32 the block is its own working copy.
     working_block = block if dtype == torch.float32 else copy.deepcopy(block).to(dtype)
     working = [parameter for parameter in working_block.parameters() if parameter.numel()]
-    optimizers = _optimizers(masters, recipe)
     per_epoch = math.ceil(len(inputs) / recipe.batch)
     steps = recipe.step_count(len(inputs))
     trace: list[float] = []
-    for start in range(0, steps, per_epoch):
-        order = _order(len(inputs), shuffle=recipe.shuffle, generator=generator)
-        total, seen = 0.0, 0
-        for step in range(start, min(start + per_epoch, steps)):
-            place = (step - start) * recipe.batch
-            sequences = order[place : place + recipe.batch]
-            for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-                group["lr"] = recipe.learning_rate * schedule(step, steps)
-            output = working_block(inputs.read(sequences).to(device, dtype), **arguments)
-            loss = _loss(output.float(), targets.read(sequences).to(device).float(), recipe.loss)
-            loss.backward()  # type: ignore[no-untyped-call]
-            _move_gradients(working, masters)
-            nn.utils.clip_grad_norm_(masters, recipe.clip)
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
-            _copy_weights(masters, working)
-            value = loss.item()
-            if not math.isfinite(value):
-                raise ValueError(
-                    f"the refinement's loss became {value} at step {step + 1} of {steps}; "
-                    "lower refinement.learning_rate"
-                )
-            total += value * len(sequences)
-            seen += len(sequences)
-            on_step(step + 1, steps, value)
-        trace.append(total / seen)
+    with one_thread_each(device) as each:
+        optimizers = _optimizers(masters, recipe, each)
+        for start in range(0, steps, per_epoch):
+            order = _order(len(inputs), shuffle=recipe.shuffle, generator=generator)
+            total, seen = 0.0, 0
+            for step in range(start, min(start + per_epoch, steps)):
+                place = (step - start) * recipe.batch
+                sequences = order[place : place + recipe.batch]
+                for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+                    group["lr"] = recipe.learning_rate * schedule(step, steps)
+                output = working_block(inputs.read(sequences).to(device, dtype), **arguments)
+                loss = _loss(output.float(), targets.read(sequences).to(device).float(), recipe.loss)
+                loss.backward()  # type: ignore[no-untyped-call]
+                _move_gradients(working, masters)
+                nn.utils.clip_grad_norm_(masters, recipe.clip)
+                for optimizer in optimizers:
+                    optimizer.step()
+                    optimizer.zero_grad()
+                _copy_weights(masters, working)
+                value = loss.item()
+                if not math.isfinite(value):
+                    raise ValueError(
+                        f"the refinement's loss became {value} at step {step + 1} of {steps}; "
+                        "lower refinement.learning_rate"
+                    )
+                total += value * len(sequences)
+                seen += len(sequences)
+                on_step(step + 1, steps, value)
+            trace.append(total / seen)
     block.requires_grad_(False)
     return trace
 
 
-def _optimizers(masters: list[Tensor], recipe: Recipe) -> list[torch.optim.Optimizer]:
-    """Return the optimizers of a recipe, which share its parameters among them.
+def _optimizers(
+    masters: list[Tensor], recipe: Recipe, each: Callable[..., Iterable[None]]
+) -> list[torch.optim.Optimizer]:
+    """Return the optimizers of a recipe, which share its parameters among them; `each` maps over matrices.
 
     Muon moves a matrix equally in all its directions instead of equally in all its entries. With few
     calibration tokens that generalizes better (docs/refinement.md).
@@ -155,9 +160,7 @@ def _optimizers(masters: list[Tensor], recipe: Recipe) -> list[torch.optim.Optim
     common: dict[str, Any] = {"lr": recipe.learning_rate, "weight_decay": recipe.weight_decay}
     optimizers: list[torch.optim.Optimizer] = []
     if muon:
-        optimizers.append(
-            torch.optim.Muon(muon, momentum=_MOMENTUM, adjust_lr_fn="match_rms_adamw", **common)
-        )
+        optimizers.append(Muon(muon, momentum=_MOMENTUM, each=each, **common))
     if adamw:
         optimizers.append(torch.optim.AdamW(adamw, fused=True, **common))
     return optimizers

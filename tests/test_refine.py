@@ -283,9 +283,8 @@ def test_muon_moves_matrices_equally_in_all_directions(
         change = (tensor - before[name]) / recipe.learning_rate
         if tensor.ndim == 2:
             sizes = torch.linalg.svdvals(change) / (0.2 * math.sqrt(max(tensor.shape)))
-            # Newton and Schulz's iteration leaves singular values between about 0.5 and 1.5; those of
-            # directions that hardly had a gradient are smaller.
-            assert sizes.max() < 1.6 and sizes.median() > 0.5, name
+            # Singular values of directions that hardly had a gradient stay smaller.
+            assert sizes.max() < 1.1 and sizes.median() > 0.5, name
         else:
             torch.testing.assert_close(change.abs(), torch.ones_like(change), rtol=0, atol=1e-2)
 

@@ -102,8 +102,9 @@ def _packed(
         parts = FORMATS[storage].pack(tensors[f"{name}.u"], tensors[f"{name}.v"], dtype)
         return {f"{name}.{part}": tensor for part, tensor in parts.items()}
 
-    with one_thread_each() as workers:
-        for packed in workers.map(pack, names):
+    # The host's threads, wherever the passes run: factors lie there.
+    with one_thread_each(torch.device("cpu")) as each:
+        for packed in each(pack, names):
             rest |= packed
     return rest
 
