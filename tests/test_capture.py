@@ -1,11 +1,14 @@
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from architectures import TINY
 from stored import Stored
 from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from aasvd import attention
 from aasvd.capture import recording, watching
 
 
@@ -134,3 +137,23 @@ def test_watched_inputs_are_forgotten_at_the_end() -> None:
         block(torch.ones(1, 3))
         assert [tuple(x.shape) for x in seen] == [(1, 3), (1, 4)]
     assert seen == []
+
+
+@torch.no_grad()
+def test_attention_is_spared_where_its_values_are_not_computed(
+    stored: Callable[[str], Stored], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would take longest of all that a pass up to the first group still does, and on the slowest path."""
+    tiny, calls = stored("llama"), []
+    block, groups, arguments, hidden = tiny.block(), tiny.groups(), tiny.arguments()[0], tiny.hidden(2)
+
+    def counted(*arguments: Any, **keywords: Any) -> tuple[Tensor, None]:
+        calls.append(arguments)
+        return sdpa_attention_forward(*arguments, **keywords)
+
+    monkeypatch.setattr(attention, "sdpa_attention_forward", counted)
+    for index, expected in enumerate([0, 1, 1, 1]):
+        calls.clear()
+        with recording(block, groups, index):
+            block(hidden, **arguments)
+        assert len(calls) == expected
