@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_map_only
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
+from transformers.initialization import no_init_weights
 
 from aasvd import attention
 from aasvd.artifacts import DamagedArtifactError, read_json, remake_command
@@ -98,8 +99,10 @@ def skeleton(folder: Path) -> Skeleton:
     """
     attention.register()
     config = AutoConfig.from_pretrained(folder)
-    with init_empty_weights(include_buffers=False):
+    # Drawing random numbers for weights that are not there takes longer than all else.
+    with no_init_weights(), init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME)
+    model.tie_weights()
     model.eval()
     lists = {
         name: module
@@ -301,7 +304,8 @@ def _callable(parts: Skeleton, state: Mapping[str, Tensor], dtype: torch.dtype) 
 
     Parameters outside the blocks that `state` does not hold become zeros of no size in memory.
     """
-    model = copy.deepcopy(parts.model)
+    # The blocks are not called, so they need no copies.
+    model = copy.deepcopy(parts.model, {id(block): block for block in parts.blocks})
     model.load_state_dict(dict(state), strict=False, assign=True)
     zero = torch.zeros((), dtype=dtype)
     for name, parameter in list(model.named_parameters()):

@@ -22,7 +22,7 @@ _logger = logging.getLogger(__name__)
 
 _STEPS = "lower refinement.batch in params.yaml"
 # Sequences on which refinement compares a block with what it was.
-_MEASURED = 32
+_MEASURED = 16
 
 
 def solve_block(
