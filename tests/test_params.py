@@ -367,7 +367,9 @@ def test_one_comparison_shows_every_rule_of_allocation(config: Config) -> None:
     # They do not make the ablation of the paper longer.
     ablation = {"compression": ["objective", "blend", "ridge", "allocation"], "refinement": ["epochs"]}
     assert not [name for name in params.variants_of(config, ablation) if name.startswith("alloc-")]
-    with pytest.raises(ValueError, match=r"unknown comparison 'ranks'; params\.yaml has allocations, official"):
+    with pytest.raises(
+        ValueError, match=r"unknown comparison 'ranks'; params\.yaml has allocations, official"
+    ):
         params.parse_comparison(config, "ranks/smollm2-135m_r0.6")
 
 
