@@ -24,8 +24,9 @@ def test_workers_compute_on_one_thread_and_as_many_side_by_side() -> None:
         together.wait()
         return number, torch.get_num_threads()
 
-    with one_thread_each() as workers:
-        assert list(workers.map(work, range(3))) == [(0, 1), (1, 1), (2, 1)]
+    with one_thread_each(torch.device("cpu")) as each:
+        assert torch.get_num_threads() == 3  # whoever opens them still has all
+        assert list(each(work, range(3))) == [(0, 1), (1, 1), (2, 1)]
     assert torch.get_num_threads() == 3
 
 
@@ -34,6 +35,13 @@ def test_an_error_of_a_worker_is_raised_and_threads_come_back() -> None:
     def fail(number: int) -> None:
         raise ValueError(f"worker {number}")
 
-    with pytest.raises(ValueError, match="worker 0"), one_thread_each() as workers:
-        list(workers.map(fail, range(2)))
+    with pytest.raises(ValueError, match="worker 0"), one_thread_each(torch.device("cpu")) as each:
+        list(each(fail, range(2)))
     assert torch.get_num_threads() == 3
+
+
+@pytest.mark.usefixtures("three_threads")
+def test_an_accelerator_is_not_shared_among_threads() -> None:
+    here = threading.get_ident()
+    with one_thread_each(torch.device("meta")) as each:
+        assert set(each(lambda _: threading.get_ident(), range(4))) == {here}

@@ -41,6 +41,7 @@ ORDER = [
     "latents",
     "gradients",
     "measures",
+    "muon",
     "refine",
     "layers",
     "adapt",
