@@ -122,17 +122,10 @@ def refine(
             for step in range(start, min(start + per_epoch, steps)):
                 place = (step - start) * recipe.batch
                 sequences = order[place : place + recipe.batch]
-                for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-                    group["lr"] = recipe.learning_rate * schedule(step, steps)
                 output = working_block(inputs.read(sequences).to(device, dtype), **arguments)
                 loss = _loss(output.float(), targets.read(sequences).to(device).float(), recipe.loss)
-                loss.backward()  # type: ignore[no-untyped-call]
-                _move_gradients(working, masters)
-                nn.utils.clip_grad_norm_(masters, recipe.clip)
-                for optimizer in optimizers:
-                    optimizer.step()
-                    optimizer.zero_grad()
-                _copy_weights(masters, working)
+                rate = recipe.learning_rate * schedule(step, steps)
+                _descend(loss, working, masters, optimizers, rate=rate, clip=recipe.clip)
                 value = loss.item()
                 if not math.isfinite(value):
                     raise ValueError(
@@ -184,17 +177,30 @@ def _order(count: int, *, shuffle: bool, generator: torch.Generator) -> list[int
     return [int(index) for index in order]
 
 
-def _move_gradients(working: list[nn.Parameter], masters: list[Tensor]) -> None:
+def _descend(
+    loss: Tensor,
+    working: list[nn.Parameter],
+    masters: list[Tensor],
+    optimizers: list[torch.optim.Optimizer],
+    *,
+    rate: float,
+    clip: float,
+) -> None:
+    """Move the masters one step down the gradient of the loss, and the working copies after them."""
+    loss.backward()  # type: ignore[no-untyped-call]
     for parameter, master in zip(working, masters, strict=True):
         if master is not parameter and parameter.grad is not None:
             master.grad, parameter.grad = parameter.grad.float(), None
-
-
-@torch.no_grad()
-def _copy_weights(masters: list[Tensor], working: list[nn.Parameter]) -> None:
-    for parameter, master in zip(working, masters, strict=True):
-        if master is not parameter:
-            parameter.copy_(master)
+    nn.utils.clip_grad_norm_(masters, clip)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        optimizer.zero_grad()
+    with torch.no_grad():
+        for parameter, master in zip(working, masters, strict=True):
+            if master is not parameter:
+                parameter.copy_(master)
 
 
 class Distance:

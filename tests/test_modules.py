@@ -70,6 +70,7 @@ ORDER = [
     "stages.evaluation",
     "stages.publication",
     "stages",
+    "workers",
     "command",
     "versioning",
     "stale",

@@ -54,6 +54,12 @@ def wait_for(copy: Copy, pattern: str, process: "subprocess.Popen[str]", *, seco
         time.sleep(0.005)
 
 
+def alive(process: int) -> bool:
+    """Tell whether a process runs; one that only waits to be reaped does not."""
+    state = Path(f"/proc/{process}/stat")
+    return state.exists() and state.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
 def flip(file: Path, tensor: str = "") -> None:
     """Change one byte of a file in place: one of a named tensor's, or one near the end."""
     content = bytearray(file.read_bytes())
@@ -169,6 +175,37 @@ def test_a_killed_run_goes_on_where_it_was(finished_copy: Copy, tmp_path: Path) 
     left = [name for name in after if name.endswith((".tmp", ".partial"))]
     listed = copy.must("dvc", "list", ".", "results/artifacts/compressed", "--recursive")
     assert not [name for name in left if Path(name).name in listed]
+
+
+def test_stages_side_by_side_make_the_same_bytes(finished_copy: Copy, tmp_path: Path) -> None:
+    """Two stages at a time, in processes that end with Snakemake's; killed and gone on as well."""
+    copy = workflow_copy.create(tmp_path / "beside", **NO_TASKS)
+    both = (
+        "--cores",
+        "2",
+        "--resources",
+        "gpu=2",
+        "--",
+        f"results/{RUN}/eval.json",
+        f"results/{RUN}_uniform/eval.json",
+    )
+    process = copy.start("snakemake", *both)
+    wait_for(copy, "results/artifacts/compressed/tiny/*/*/block_001/refined.safetensors", process)
+    children = Path(f"/proc/{process.pid}/task").glob("*/children")
+    workers = [int(number) for file in children for number in file.read_text().split()]
+    assert len(workers) >= 2
+    os.kill(process.pid, signal.SIGKILL)  # Snakemake alone, not its group
+    process.wait()
+    end = time.monotonic() + 30
+    while any(map(alive, workers)):
+        assert time.monotonic() < end, "a stage outlived Snakemake"
+        time.sleep(0.05)
+    copy.snakemake("--unlock")
+    log = copy.must("snakemake", *both)
+    assert not {"fetch_model", "embed"} & set(finished(log))
+    assert tensors(finished_copy).items() <= tensors(copy).items()
+    assert copy.evaluation()["perplexity"] == finished_copy.evaluation()["perplexity"]
+    assert (copy.evaluation(f"{RUN}_uniform")["ratio"]["achieved"]) <= 0.6
 
 
 def test_ctrl_c_leaves_whole_files_only(finished_copy: Copy, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import sys
 
 from snakemake.exceptions import WorkflowError
 
-from aasvd import methods, params
+from aasvd import methods, params, workers
 
 CACHE = "results/downloads"
 ARTIFACTS = str(params.ARTIFACTS)

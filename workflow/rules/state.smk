@@ -54,19 +54,19 @@ def works_for(run, wildcards):
     )
 
 
+# How many stages compute at a time; without an accelerator they share the cores.
+AT_A_TIME = min(workflow.cores or 1, int(workflow.global_resources["gpu"].value)) if "gpu" in workflow.global_resources else 1
+run_stage = workers.Workers(AT_A_TIME).run_stage if AT_A_TIME > 1 else workers.run_stage
+
+
 class Stages:
-    """The stages, imported when the first one runs: torch and transformers take seconds."""
+    """The stages as functions of keyword arguments, wherever they run."""
 
     def __init__(self, status_files):
         self.status_files = status_files
 
     def __getattr__(self, name):
-        def run(**arguments):
-            stage = getattr(importlib.import_module("aasvd.stages"), name)
-            with importlib.import_module("aasvd.progress").watched_by(self.status_files):
-                checked(stage, **arguments)
-
-        return run
+        return lambda **arguments: checked(run_stage, name, self.status_files, arguments)
 
 
 def stages(wildcards):
