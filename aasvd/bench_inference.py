@@ -5,12 +5,15 @@ gives; speed does not depend on the values. Every repetition measures all of the
 else the machine does hits all alike; the medians of one run are compared, never of two.
 
 "Linears alone" is the roofline: the linears of the blocks called one after the other on inputs of the same
-shapes, in the same repetition. What they gain over the dense ones is all that a forward pass can gain.
+shapes, in the same repetition. What they gain over the dense ones is all that a forward pass can gain. "Their
+products" are the same with nothing around: matrix products of the stored shapes, which no implementation of
+a format gets below.
 """
 
 import argparse
 import contextlib
 import copy
+import functools
 import json
 import math
 import operator
@@ -29,7 +32,7 @@ from aasvd.artifacts import replacing
 from aasvd.device import compute_device, process_memory, reset_peak_memory
 from aasvd.formats import FORMATS, replace_linears
 from aasvd.fusion import fuse
-from aasvd.lowrank import CompressedLinear
+from aasvd.lowrank import CompressedLinear, product
 from aasvd.provenance import versions
 from aasvd.rank import uniform_rank
 
@@ -38,6 +41,8 @@ DENSE = "dense"
 _WITH_A_BAR = "pivoted 0.6"
 # Seconds after which a model is not measured again at a shape: long passes vary less.
 _ENOUGH = 2.0
+# Tokens that linears alone are timed on, at least: a few are over too soon for a clock.
+_TIMED_TOKENS = 64
 _LLAMA7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32}
 
 
@@ -183,18 +188,45 @@ def linears_alone(model: Any, tokens: int) -> Callable[[torch.device], float]:
 
     It calls those of at most two blocks and counts them for all, which are alike.
     """
+    timed, times = _of_two_blocks(model)
+    return _timing([(module, module.in_features) for module in timed], times, tokens, like=model)
+
+
+def products_alone(model: Any, tokens: int) -> Callable[[torch.device], float] | None:
+    """Return the same for bare products with the linears' matrices; None where codes are stored."""
+    timed, times = _of_two_blocks(model)
+    weights = [[p for p in module.parameters() if p.ndim == 2] for module in timed]
+    if not all(weights):
+        return None
+    calls = [(functools.partial(product, weight=w), w.shape[1]) for some in weights for w in some]
+    return _timing(calls, times, tokens, like=model)
+
+
+def _of_two_blocks(model: Any) -> tuple[list[nn.Linear | CompressedLinear], float]:
+    """Return the linears of at most two blocks, and how many times as many there are in all."""
     modules = linears(model)
     blocks = model.config.num_hidden_layers
     timed = modules[: len(modules) * min(2, blocks) // blocks]
-    like = next(model.parameters())
-    widths = {module.in_features for module in timed}
-    inputs = {width: torch.randn(1, tokens, width, device=like.device, dtype=like.dtype) for width in widths}
+    return timed, len(modules) / len(timed)
+
+
+def _timing(
+    calls: Sequence[tuple[Callable[[Tensor], Tensor], int]], times: float, tokens: int, *, like: nn.Module
+) -> Callable[[torch.device], float]:
+    """Return a function that times calls on tokens of the given widths, and multiplies the seconds."""
+    weight = next(like.parameters())
+    repeats = max(1, _TIMED_TOKENS // tokens)
+    inputs = {
+        width: torch.randn(1, tokens, width, device=weight.device, dtype=weight.dtype)
+        for width in {width for _, width in calls}
+    }
 
     def seconds(device: torch.device) -> float:
         start = _now(device)
-        for module in timed:
-            module(inputs[module.in_features])
-        return (_now(device) - start) * len(modules) / len(timed)
+        for _ in range(repeats):
+            for call, width in calls:
+                call(inputs[width])
+        return (_now(device) - start) * times / repeats
 
     return seconds
 
@@ -245,7 +277,10 @@ def measure(
                 del cache
             peaks[name] = max(peaks[name], resident[name] + peak())
             if not name.endswith("compiled"):
-                found["linears"] = linears_alone(model, tokens)(device)
+                for key, count in (("", tokens), *((("step ", shape.batch),) if shape.new else ())):
+                    found[f"{key}linears"] = linears_alone(model, count)(device)
+                    if bare := products_alone(model, count):
+                        found[f"{key}products"] = bare(device)
             for key, seconds in found.items():
                 times[name].setdefault(key, []).append(seconds)
     rows = [_row(name, times[name], shape, resident=resident[name], peak=peaks[name]) for name in variants]
@@ -276,11 +311,19 @@ def _row(
         row["linears_tokens_per_second"] = tokens / middle["linears"]
         # Of the time of a prefill; the rest is attention, norms, activations and Python.
         row["linears_share"] = middle["linears"] / middle["prefill"]
+        row["linears_milliseconds"] = {key: 1000 * middle[key] for key in _ROOFLINE if key in middle}
     if shape.new:
         row["decode_tokens_per_second"] = shape.batch * shape.new / middle["decode"]
     return row
 
 
+# The linears alone and their bare products: of a prefill, and of one step of decoding.
+_ROOFLINE = {
+    "linears": "prefill",
+    "products": "its products",
+    "step linears": "decode step",
+    "step products": "its products",
+}
 _SPEEDS = ("prefill_tokens_per_second", "linears_tokens_per_second", "decode_tokens_per_second")
 
 
@@ -307,6 +350,16 @@ def table(heading: str, rows: Sequence[Mapping[str, Any]]) -> str:
             cells.append(f"{f'{value:,.1f} {ratio:>6}':>20}")
         share = f"{row['linears_share']:>12.0%}" if "linears_share" in row else ""
         lines.append(f"  {row['variant']:<24}" + "".join(cells) + share)
+    return "\n".join(lines)
+
+
+def roofline(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return the linears' own milliseconds as text, beside those of the bare products of their shapes."""
+    lines = [f"  {'linears alone, ms':<24}" + "".join(f"{head:>20}" for head in _ROOFLINE.values())]
+    for row in rows:
+        if times := row.get("linears_milliseconds"):
+            cells = [f"{times[key]:,.2f}" if key in times else "" for key in _ROOFLINE]
+            lines.append(f"  {row['variant']:<24}" + "".join(f"{cell:>20}" for cell in cells))
     return "\n".join(lines)
 
 
@@ -415,7 +468,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 vocabulary = setting.config.vocab_size
                 rows = measure(variants, shape, vocabulary=vocabulary, device=device, repeats=options.repeats)
                 asked = bars(setting.name, shape, rows)
-                sys.stdout.write(table(title(setting, shape), rows) + "\n")
+                sys.stdout.write(f"{table(title(setting, shape), rows)}\n{roofline(rows)}\n")
                 for bar in asked:
                     verdict = "met" if bar["met"] else "MISSED"
                     sys.stdout.write(f"  {_WITH_A_BAR}: {bar['bar']}: {bar['found']:.2f}, {verdict}\n")

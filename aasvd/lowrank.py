@@ -18,15 +18,26 @@ class SharedInput(Protocol):
         ...
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return x weightᵀ + bias for x (..., in) and weight (out, in): `F.linear`, but fast for one token.
+def is_vector(x: Tensor, weight: Tensor) -> bool:
+    """Tell whether x holds one token on a CPU that a matrix-vector product with a weight can take.
 
-    For a single token on a CPU, F.linear repacks the weight for a matrix product; a matrix-vector product
-    reads it once. Compilers see F.linear only.
+    F.linear repacks the weight for a matrix product; a matrix-vector product reads it once. Compilers see
+    F.linear only, and autocast knows no other.
     """
-    if x.device.type == "cpu" and not torch.compiler.is_compiling() and x.numel() == x.shape[-1]:
-        y = torch.matmul(weight, x.view(-1)).view(*x.shape[:-1], -1)
-        return y if bias is None else y + bias.to(y.dtype)
+    return (
+        x.numel() == x.shape[-1]
+        and x.device.type == "cpu"
+        and x.dtype == weight.dtype
+        and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return x weightᵀ + bias for x (..., in) and weight (out, in): `F.linear`, but fast for one token."""
+    if is_vector(x, weight):
+        y = torch.mv(weight, x.view(-1))
+        return (y if bias is None else y + bias).view(*x.shape[:-1], -1)
     return F.linear(x, weight, bias)
 
 

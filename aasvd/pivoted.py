@@ -14,7 +14,7 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
-from aasvd.lowrank import CompressedLinear, Layout, product
+from aasvd.lowrank import CompressedLinear, Layout, is_vector, product
 from aasvd.rounding import refit, round_with_feedback
 
 # Largest coefficient. Swapping a pivot for a row with a larger one multiplies |det Q_pivots| by it, so swaps
@@ -169,12 +169,16 @@ class PivotedLinear(CompressedLinear):
     def up(self, latents: Tensor) -> Tensor:
         """Map latents (..., rank) to (..., out)."""
         coefficients = self.coefficients_in(latents.dtype)
+        if is_vector(latents, coefficients):
+            pivots = latents.view(-1)
+            outputs = torch.cat((pivots, torch.mv(coefficients, pivots))).index_select(0, self.order)
+            return (outputs if self.bias is None else outputs + self.bias).view(*latents.shape[:-1], -1)
         # Ordering rank rows of the weight once costs less than ordering the outputs of that many tokens,
         # which are strided; a compiler makes one kernel of the latter, and keeps one graph for any length.
         if not torch.compiler.is_compiling() and latents.shape[:-1].numel() > self.rank:
             return product(latents, self._ordered(coefficients), self.bias)
         outputs = torch.cat((latents, product(latents, coefficients)), -1)
-        if torch.compiler.is_compiling() or outputs.numel() == outputs.shape[-1]:
+        if torch.compiler.is_compiling():
             outputs = outputs.index_select(-1, self.order)
         else:  # on CPUs several times as fast for many tokens of 16 bits, and as fast for others
             outputs = outputs.gather(-1, self.order.long().expand(outputs.shape))

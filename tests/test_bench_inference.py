@@ -43,6 +43,11 @@ def test_quick_run_prints_a_table_and_writes_json(tmp_path: Path, capsys: pytest
     printed = capsys.readouterr().out
     assert "tiny, float32, batch 2 x 16 tokens" in printed
     assert "factors 0.6" in printed and "(1.00)" in printed
+    # The bare products of codes are none: those linears make their matrices first.
+    own = {name: set(row["linears_milliseconds"]) for name, row in rows.items()}
+    assert own["dense"] == own["pivoted 0.6"] == {"linears", "products", "step linears", "step products"}
+    assert own["remapped 0.6"] == {"linears", "step linears"}
+    assert "decode step" in printed
 
 
 def test_bars_compare_the_default_format_with_the_stock_dense_model() -> None:

@@ -212,7 +212,7 @@ def test_variants_are_found_by_what_they_change(config: Config) -> None:
 
 def test_a_suite_names_what_is_measured_and_evaluation_overrides_it(config: Config) -> None:
     quick = params.parse_run(config, "smollm2-135m_r0.6").settings["evaluation"]
-    assert quick["tasks"] == ["piqa", "winogrande", "hellaswag"] and quick["limit"] == 100
+    assert quick["tasks"] == ["piqa", "winogrande", "hellaswag"] and quick["limit"] == 64
     config["evaluation"]["suite"] = "paper"
     paper = params.parse_run(config, "smollm2-135m_r0.6").settings["evaluation"]
     assert paper["texts"] == ["wikitext2", "ptb", "c4"]
