@@ -56,6 +56,7 @@ OBJECTIVES = {
     "dipsvd_code": Piece(),
     "adasvd": Piece(("buckets",), ("buckets",)),
     "loss_aware": Piece(("gradients",)),
+    "loss_blended": Piece(("shifted", "cross", "gradients"), ("blend",)),
     "unchanged": Piece(),
     "wanda_sp": Piece(("shifted",)),
 }

@@ -335,7 +335,16 @@ def loss_aware(statistics: Statistics, options: Options) -> Solver:
     G is the second moment of the loss's gradient at the layer's outputs, so that errors count by what they
     do to the loss. With G^{1/2} W in the place of W it is the input-aware problem.
     """
-    inner = input_aware(statistics, options)
+    return _by_loss(input_aware(statistics, options), statistics)
+
+
+def loss_blended(statistics: Statistics, options: Options) -> Solver:
+    """Ours: min tr(G E Eᵀ) with E = (1 − b) W X' + b W X − W' X': `loss_aware` on the shifted inputs."""
+    return _by_loss(blended(statistics, options), statistics)
+
+
+def _by_loss(inner: Solver, statistics: Statistics) -> Solver:
+    """Let the errors of a solver's problem count by what they do to the loss."""
 
     def solve(name: str, weight: Tensor, rank: int) -> Solved:
         root, _ = loss_metric(statistics.outer[name])
@@ -378,6 +387,7 @@ FUNCTIONS: dict[str, Callable[[Statistics, Options], Solver]] = {
         dipsvd_code,
         adasvd,
         loss_aware,
+        loss_blended,
     )
 }
 

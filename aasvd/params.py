@@ -456,7 +456,7 @@ def measures(run: Run) -> list[str]:
     A measure that depends on a setting carries it in its name, so that it is shared where that is the same.
     """
     compression = run.settings["compression"]
-    own = "loss_aware" if compression["objective"] == "loss_aware" else "input_aware"
+    own = "loss_aware" if "gradients" in needs(run) else "input_aware"
     probe = f"-{compression['probe']}"
     detail = {"influence": f"-{own}", "sensitivity": probe, "removal": probe}
     looked_at = ALLOCATIONS[compression["allocation"]].needs
