@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
 
 from aasvd.artifacts import replacing
-from aasvd.device import compute_device, process_memory, reset_peak_memory
+from aasvd.device import compute_device, process_memory, release_memory, reset_peak_memory
 from aasvd.formats import FORMATS, replace_linears
 from aasvd.fusion import fuse
 from aasvd.lowrank import CompressedLinear, product
@@ -432,7 +432,9 @@ def _peak(device: torch.device) -> Iterator[Callable[[], float]]:
         before = torch.accelerator.memory_allocated(device)
         yield lambda: float(torch.accelerator.max_memory_allocated(device) - before)
     elif reset_peak_memory():
-        # The weights of all models are resident: what a call adds is its own.
+        # The weights of all models are resident: what a call adds is its own. Memory that was freed and is
+        # still the process's would hide what is taken again.
+        release_memory()
         before = process_memory("VmRSS") or 0
         yield lambda: float((process_memory("VmHWM") or 0) - before)
     else:

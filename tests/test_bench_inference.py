@@ -81,6 +81,24 @@ def test_long_passes_are_repeated_only_where_a_bar_is(monkeypatch: pytest.Monkey
     assert {count for name, count in taken.items() if name not in ("dense", "pivoted 0.6")} == {1}
 
 
+def test_the_peak_holds_the_cache_where_freed_memory_is_left() -> None:
+    # 200 MB of the heap, all freed but the last, which keeps the heap from shrinking.
+    pieces = [torch.ones(16_000) for _ in range(3_000)]
+    top = pieces.pop()
+    del pieces
+    config = bench_inference.tiny()
+    config.hidden_size, config.num_attention_heads, config.num_key_value_heads = 256, 4, 4
+    config.head_dim, config.max_position_embeddings = 64, 512
+    model = build(config, ratio=None, storage="factors", dtype=torch.float32)
+    cache = 8 * 512 * config.num_hidden_layers * 2 * 256 * 4
+    with torch.no_grad():
+        (row,) = measure(
+            {"dense": model}, Shape(8, 512, 0), vocabulary=64, device=torch.device("cpu"), repeats=2
+        )
+    assert row["peak_bytes"] - row["resident_bytes"] >= cache
+    del top
+
+
 @pytest.mark.parametrize("storage", list(FORMATS))
 def test_models_have_the_parameters_of_their_ratio(storage: str) -> None:
     low = build(bench_inference.tiny(), ratio=0.6, storage=storage, dtype=torch.float32)
