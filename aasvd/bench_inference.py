@@ -5,9 +5,9 @@ gives; speed does not depend on the values. Every repetition measures all of the
 else the machine does hits all alike; the medians of one run are compared, never of two.
 
 "Linears alone" is the roofline: the linears of the blocks called one after the other on inputs of the same
-shapes, in the same repetition. What they gain over the dense ones is all that a forward pass can gain. "Their
-products" are the same with nothing around: matrix products of the stored shapes, which no implementation of
-a format gets below.
+shapes, in the same repetition. What they gain over the dense ones is all that a forward pass can gain. "Its
+products" are the same with nothing around: the bare matrix products of each linear's stored matrices. Linears
+that share their first product with others (`aasvd.fusion`) can be below them.
 """
 
 import argparse

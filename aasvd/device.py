@@ -14,8 +14,12 @@ import torch
 
 
 def compute_device() -> torch.device:
-    """Return the accelerator if there is one, else the CPU."""
-    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    """Return this process's accelerator if there is one, else the CPU."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    # With its number: what loads files takes a device without one for the first.
+    return (
+        torch.device(found.type, torch.accelerator.current_device_index()) if found else torch.device("cpu")
+    )
 
 
 def release_memory() -> None:

@@ -25,10 +25,10 @@ def is_vector(x: Tensor, weight: Tensor) -> bool:
     F.linear only, and autocast knows no other.
     """
     return (
-        x.numel() == x.shape[-1]
+        not torch.compiler.is_compiling()
+        and x.numel() == x.shape[-1]
         and x.device.type == "cpu"
         and x.dtype == weight.dtype
-        and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")
     )
 

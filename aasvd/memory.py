@@ -1,7 +1,8 @@
 """Memory of a model at work: an estimate before anything is compressed, and a measurement of a checkpoint.
 
-`python -m aasvd.memory FOLDER CONTEXT` loads a checkpoint in a process of its own, reads CONTEXT
-tokens into a key-value cache, generates one more, and prints the bytes as JSON.
+`python -m aasvd.memory FOLDER CONTEXT [NUMBER]` loads a checkpoint in a process of its own, on the
+accelerator of that number where there are several, reads CONTEXT tokens into a key-value cache, generates one
+more, and prints the bytes as JSON.
 """
 
 import json
@@ -147,7 +148,8 @@ def measure(folder: Path, *, context: int) -> dict[str, Any]:
     Raises:
         MeasurementError: If the process fails, as it does where memory does not suffice.
     """
-    command = [sys.executable, "-m", "aasvd.memory", str(folder), str(context)]
+    number = str(compute_device().index or 0)
+    command = [sys.executable, "-m", "aasvd.memory", str(folder), str(context), number]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         # A killed process says nothing of it: its last line is a progress bar or a warning.
@@ -200,4 +202,6 @@ def _process(key: str) -> int:
 
 
 if __name__ == "__main__":
+    if torch.accelerator.is_available():
+        torch.accelerator.set_device_index(int((*sys.argv, "0")[3]))
     sys.stdout.write(json.dumps(_run(sys.argv[1], int(sys.argv[2]))) + "\n")

@@ -178,7 +178,7 @@ class PivotedLinear(CompressedLinear):
         if not torch.compiler.is_compiling() and latents.shape[:-1].numel() > self.rank:
             return product(latents, self._ordered(coefficients), self.bias)
         outputs = torch.cat((latents, product(latents, coefficients)), -1)
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or outputs.numel() == outputs.shape[-1]:
             outputs = outputs.index_select(-1, self.order)
         else:  # on CPUs several times as fast for many tokens of 16 bits, and as fast for others
             outputs = outputs.gather(-1, self.order.long().expand(outputs.shape))

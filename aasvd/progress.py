@@ -26,16 +26,23 @@ class _Status:
     def __init__(self, files: Sequence[Path]) -> None:
         self.files = files
         self.facts: dict[str, Any] = {}
+        self.started = _now()
         self.written = -float("inf")
 
     def write(self) -> None:
-        """Replace the files."""
+        """Replace the files, but for those in which a stage beside this one has failed."""
         self.written = time.monotonic()
-        updated = datetime.now(UTC).isoformat(timespec="seconds")
-        text = json.dumps({**self.facts, "updated": updated}, indent=2, sort_keys=True) + "\n"
+        text = json.dumps({**self.facts, "updated": _now()}, indent=2, sort_keys=True) + "\n"
         for file in self.files:
+            told = json.loads(file.read_text()) if file.exists() else {}
+            if told.get("state") == "failed" and told["updated"] > self.started:
+                continue
             with replacing(file) as temporary:
                 temporary.write_text(text)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
 _watched: ContextVar[_Status | None] = ContextVar("status", default=None)

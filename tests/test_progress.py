@@ -45,6 +45,26 @@ def test_reports_are_written_once_a_second_and_none_is_lost(tmp_path: Path, cloc
         assert "loss" not in read(file)  # of another stage
 
 
+def test_a_stage_that_runs_beside_one_that_failed_does_not_hide_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of stages side by side the one that speaks last is shown; the next stage, or call, starts anew."""
+    now = iter(f"2026-01-01T00:00:{second:02}.000+00:00" for second in range(60))
+    monkeypatch.setattr(progress, "_now", lambda: next(now))
+    file = tmp_path / "progress.json"
+    with progress.watched_by([str(file)]):
+        progress.start("perplexity")
+        with progress.watched_by([str(file)]):
+            progress.start("accuracy")
+            assert read(file)["stage"] == "accuracy"
+            progress.report(now=True, state="failed", error="no rows")
+        progress.report(now=True, done=3)
+    assert (read(file)["state"], read(file)["error"]) == ("failed", "no rows")
+    with progress.watched_by([str(file)]):
+        progress.start("accuracy")
+    assert read(file)["state"] == "running"
+
+
 def test_nobody_watches_by_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     progress.start("refine")

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 from aasvd.artifacts import read_table
-from aasvd.stages import StageError
 from aasvd.workers import WorkerError, Workers, run_stage
 
 
@@ -50,9 +49,14 @@ def test_a_stage_does_the_same_in_a_process_of_its_own(tmp_path: Path, workers: 
 
 
 def test_errors_come_back_as_they_are(tmp_path: Path, workers: Workers) -> None:
-    with pytest.raises(StageError, match=r"fetch text notes: .*notes\.txt"):
+    with pytest.raises(ValueError, match=r"fetch text notes: .*notes\.txt"):
         workers.run_stage("fetch_text", [], fetching(tmp_path, text=""))
     workers.run_stage("fetch_text", [], fetching(tmp_path))  # one that failed has not harmed the others
+
+
+def test_errors_that_cannot_be_sent_come_back_as_their_traceback(tmp_path: Path, workers: Workers) -> None:
+    with pytest.raises(RuntimeError, match=r"unexpected keyword argument 'nonsense'"):
+        workers.run_stage("fetch_text", [], {**fetching(tmp_path), "nonsense": 1})
 
 
 def test_a_killed_process_is_one_message(tmp_path: Path, workers: Workers) -> None:
@@ -64,3 +68,4 @@ def test_a_killed_process_is_one_message(tmp_path: Path, workers: Workers) -> No
         process.join()
     with pytest.raises(WorkerError, match=r"fetch_text.*gpu=1"):
         workers.run_stage("fetch_text", [], fetching(tmp_path))
+    workers.run_stage("fetch_text", [], fetching(tmp_path))  # in a new one

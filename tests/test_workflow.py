@@ -60,6 +60,13 @@ def alive(process: int) -> bool:
     return state.exists() and state.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
+def spawned(process: int) -> list[int]:
+    """Return the processes that a process runs stages in."""
+    children = [file.read_text().split() for file in Path(f"/proc/{process}/task").glob("*/children")]
+    commands = {int(child): Path(f"/proc/{child}/cmdline").read_text() for some in children for child in some}
+    return [child for child, command in commands.items() if "spawn_main" in command]
+
+
 def flip(file: Path, tensor: str = "") -> None:
     """Change one byte of a file in place: one of a named tensor's, or one near the end."""
     content = bytearray(file.read_bytes())
@@ -191,9 +198,8 @@ def test_stages_side_by_side_make_the_same_bytes(finished_copy: Copy, tmp_path: 
     )
     process = copy.start("snakemake", *both)
     wait_for(copy, "results/artifacts/compressed/tiny/*/*/block_001/refined.safetensors", process)
-    children = Path(f"/proc/{process.pid}/task").glob("*/children")
-    workers = [int(number) for file in children for number in file.read_text().split()]
-    assert len(workers) >= 2
+    workers = spawned(process.pid)
+    assert len(workers) == 2
     os.kill(process.pid, signal.SIGKILL)  # Snakemake alone, not its group
     process.wait()
     end = time.monotonic() + 30
@@ -208,9 +214,10 @@ def test_stages_side_by_side_make_the_same_bytes(finished_copy: Copy, tmp_path: 
     assert (copy.evaluation(f"{RUN}_uniform")["ratio"]["achieved"]) <= 0.6
 
 
-def test_ctrl_c_leaves_whole_files_only(finished_copy: Copy, tmp_path: Path) -> None:
+@pytest.mark.parametrize("at_a_time", [1, 2])
+def test_ctrl_c_leaves_whole_files_only(finished_copy: Copy, tmp_path: Path, at_a_time: int) -> None:
     copy = workflow_copy.create(tmp_path / "interrupted", **NO_TASKS)
-    process = copy.start("snakemake", "--cores", "1")
+    process = copy.start("snakemake", "--cores", "2", "--resources", f"gpu={at_a_time}")
     wait_for(copy, "results/artifacts/original/tiny/*/block_001/.*.tmp", process)
     os.killpg(process.pid, signal.SIGINT)
     process.communicate(timeout=600)

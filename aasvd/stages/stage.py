@@ -29,7 +29,7 @@ class StageError(ValueError):
 
 
 # Snakemake runs stages as threads, and building a model without weights changes, for a moment, what every
-# thread's modules do with their parameters. Stages on an accelerator or on all cores gain nothing together.
+# thread's modules do with their parameters. Stages that are to run together have processes (`aasvd.workers`).
 _ONE_AT_A_TIME = threading.Lock()
 
 
@@ -73,7 +73,8 @@ def _measured(name: str, *, log: Path, record: Path | None, advice: str) -> Iter
     except torch.OutOfMemoryError as error:
         _failed(name, error)
         raise StageError(
-            f"{name}: the device ran out of memory; {advice}. What is finished stays."
+            f"{name}: the device ran out of memory; {advice}, or let fewer stages share it (--resources "
+            "gpu=1). What is finished stays."
         ) from error
     except (ValueError, OSError) as error:
         _failed(name, error)

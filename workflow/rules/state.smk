@@ -55,7 +55,7 @@ def works_for(run, wildcards):
 
 
 # How many stages compute at a time; without an accelerator they share the cores.
-AT_A_TIME = min(workflow.cores or 1, int(workflow.global_resources["gpu"].value)) if "gpu" in workflow.global_resources else 1
+AT_A_TIME = min(workflow.resource_settings.cores or 1, int(workflow.global_resources["gpu"].value)) if "gpu" in workflow.global_resources else 1
 run_stage = workers.Workers(AT_A_TIME).run_stage if AT_A_TIME > 1 else workers.run_stage
 
 
@@ -79,7 +79,7 @@ unwatched = Stages([])
 
 
 onstart:
-    # Stages compute in Snakemake's own process. Its limit of jobs per second, which is for clusters, makes it look for
+    # Stages compute in Snakemake's own process, or are waited for there. Its limit of jobs per second, which is for clusters, makes it look for
     # jobs to start every second as many times as jobs ended while others waited: soon that takes the interpreter.
     if workflow.local_exec:
         workflow.scheduler.job_rate_limiter = None
