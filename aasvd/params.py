@@ -106,7 +106,8 @@ def validate(config: Config) -> None:
     if error is not None:
         place = ".".join(map(str, error.absolute_path)) or "top level"
         raise ValueError(f"params.yaml: {place}: {error.message}")
-    for section in [config, *config["methods"].values(), *config["variants"].values()]:
+    overrides = dict(_overrides(config))
+    for section in [config, *overrides.values()]:
         if "suite" in section.get("evaluation", {}):
             choose(section["evaluation"]["suite"], config["suites"], "evaluation suite")
         for text in [*_texts(section)]:
@@ -117,17 +118,16 @@ def validate(config: Config) -> None:
         for text in suite["texts"]:
             choose(text, config["texts"], "text")
     choose(config["model"], config["models"], "model")
-    for kind in ("methods", "variants"):
-        for name, overrides in config[kind].items():
-            if "ratio" in overrides.get("compression", {}):
-                raise ValueError(
-                    f"params.yaml: {kind}.{name}.compression.ratio: the ratio is part of a run's name"
-                )
-            if "keep_activations" in overrides.get("calibration", {}):
-                raise ValueError(
-                    f"params.yaml: {kind}.{name}.calibration.keep_activations: runs share activations, "
-                    "so only calibration.keep_activations itself says whether they are kept"
-                )
+    for place, section in overrides.items():
+        if "ratio" in section.get("compression", {}):
+            raise ValueError(f"params.yaml: {place}.compression.ratio: the ratio is part of a run's name")
+        if "keep_activations" in section.get("calibration", {}):
+            raise ValueError(
+                f"params.yaml: {place}.calibration.keep_activations: runs share activations, "
+                "so only calibration.keep_activations itself says whether they are kept"
+            )
+        for name in section.get("methods", {}):
+            choose(name, config["methods"], "method")
     if twice := sorted(set(config["methods"]) & set(config["variants"])):
         raise ValueError(f"params.yaml: {twice[0]} is both a method and a variant; rename one")
     for name in config["runs"]:
@@ -137,6 +137,15 @@ def validate(config: Config) -> None:
             for name in compared[kind]:
                 if name or kind == "methods":  # "" stands for no variant
                     choose(name, config[kind], kind[:-1])
+
+
+def _overrides(config: Config) -> Iterable[tuple[str, Config]]:
+    """Yield the place and the content of everything that is laid over the default settings."""
+    for kind in ("methods", "variants"):
+        for name, section in config[kind].items():
+            yield f"{kind}.{name}", section
+            for method, own in section.get("methods", {}).items():
+                yield f"{kind}.{name}.methods.{method}", own
 
 
 class Comparison(NamedTuple):
@@ -297,7 +306,8 @@ def _settings(config: Config, method: list[str], overrides: list[Config]) -> dic
     sections = ("seed", "calibration", "compression", "refinement", "post", "evaluation")
     settings = {section: copy.deepcopy(config[section]) for section in sections}
     for override in [config["methods"][chosen], *overrides]:
-        settings = merged(settings, override)
+        for part in (override, override.get("methods", {}).get(chosen, {})):
+            settings = merged(settings, {name: part[name] for name in sections if name in part})
     settings["compression"]["method"] = chosen
     settings["evaluation"] = measurements(config, settings["evaluation"])
     return settings

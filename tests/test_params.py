@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from aasvd import methods, params
+from aasvd.rank import uniform_rank
 
 ROOT = Path(__file__).parent.parent
 Config = dict[str, Any]
@@ -317,16 +318,65 @@ def test_a_comparison_shows_methods_as_they_are_declared(config: Config) -> None
 
 
 def test_the_papers_calibration_stands_beside_the_common_one(config: Config) -> None:
-    found = compared(config, ["fwsvd", "blockpruner"], ["", "as-published"])
+    found = params.parse_comparison(config, "as-published/llama7b_r0.8-0.6-0.4")
     settings = {key[:2]: run.settings for key, run in found.runs.items()}
-    assert len(settings) == 4
-    for method in ("fwsvd", "blockpruner"):
+    compared = config["comparisons"]["as-published"]["methods"]
+    assert set(settings) == {(method, variant) for method in compared for variant in ("", "as-published")}
+    # All but our own, and those that take hours; `drone` is `svd-llm-w`.
+    assert set(config["methods"]) - set(compared) == {"aasvd", "asvd-strs", "drone", "dobi-svd-trained"}
+    common = {"text": "wikitext2", "sequences": 256, "tokens": 2048, "gradients": 0}
+    presets: dict[str, Config] = {
+        "svd-llm": {"post": {"batch": 8}},
+        "wanda-sp": {"calibration": {"text": "c4", "sequences": 128}},
+        "blockpruner": {"calibration": {"text": "alpaca", "sequences": 16}, "compression": {"probe": 16}},
+    }
+    for method in compared:
         own, published = settings[method, ""], settings[method, "as-published"]
-        assert published["calibration"] == own["calibration"] | {
-            "text": "wikitext2", "sequences": 256, "tokens": 2048, "gradients": 0,
-        }  # fmt: skip
-        assert published["compression"] == own["compression"] | {"probe": 32}
-        assert published["refinement"] == own["refinement"]
+        expected = params.merged(own, {"calibration": common, "compression": {"probe": 32}})
+        assert published == params.merged(expected, presets.get(method, {}))
+
+
+def test_a_variant_holds_settings_of_single_methods(config: Config) -> None:
+    """Laid over its other settings, and only where that method is run, whoever names it."""
+    config["variants"]["mine"] = {
+        "refinement": {"epochs": 3},
+        "methods": {"svd": {"refinement": {"epochs": 5}, "seed": 7}},
+    }
+    params.validate(config)
+
+    def chosen(name: str) -> tuple[int, int]:
+        settings = params.parse_run(config, f"llama7b_r0.6_{name}").settings
+        assert "methods" not in settings
+        return settings["refinement"]["epochs"], settings["seed"]
+
+    assert (chosen("svd_mine"), chosen("asvd_mine"), chosen("mine")) == ((5, 7), (3, 0), (3, 0))
+    assert chosen("mine_norefine") == (0, 0)
+    config["compression"]["method"] = "svd"
+    assert (chosen("mine"), chosen("mine_norefine")) == ((5, 7), (0, 7))
+    own = config["variants"]["mine"]["methods"]
+    for mistake, message in [
+        ({"best": {}}, r"unknown method 'best'; params\.yaml has .*svd-llm"),
+        ({"svd": {"compression": {"ratio": 0.5}}}, r"variants\.mine\.methods\.svd\.compression\.ratio: "),
+        ({"svd": {"calibration": {"keep_activations": False}}}, r"methods\.svd\.calibration\.keep_acti"),
+        ({"svd": {"calibration": {"text": "nowhere"}}}, r"unknown text 'nowhere'"),
+        ({"svd": {"methods": {}}}, r"variants\.mine\.methods\.svd: .*'methods' was unexpected"),
+    ]:
+        config["variants"]["mine"]["methods"] = own | mistake
+        with pytest.raises(ValueError, match=message):
+            params.validate(config)
+    config["variants"]["mine"]["methods"] = own
+    config["methods"]["svd"]["methods"] = {}
+    with pytest.raises(ValueError, match=r"methods\.svd: .*'methods' was unexpected"):
+        params.validate(config)
+
+
+def test_the_papers_eight_bit_method_has_their_ranks(config: Config) -> None:
+    """AA-SVD^q: input-aware, the paper's refinement, ⌊r min(m, n)⌋ directions of every linear."""
+    run = params.parse_run(config, "llama7b_r0.6_aa-svd-q").settings
+    unquantized = params.parse_run(config, "llama7b_r0.6_aa-svd-input-aware").settings
+    assert run["refinement"] == unquantized["refinement"]
+    assert run["compression"] == unquantized["compression"] | {"method": "aa-svd-q", "storage": "remapped"}
+    assert uniform_rank(4096, 11008, parameter_ratio=0.6, storage=run["compression"]["storage"]) == 2457
 
 
 def test_the_shipped_comparison_shows_every_method_with_and_without_refinement(config: Config) -> None:
@@ -366,7 +416,7 @@ def test_one_comparison_shows_every_rule_of_allocation(config: Config) -> None:
     ablation = {"compression": ["objective", "blend", "ridge", "allocation"], "refinement": ["epochs"]}
     assert not [name for name in params.variants_of(config, ablation) if name.startswith("alloc-")]
     with pytest.raises(
-        ValueError, match=r"unknown comparison 'ranks'; params\.yaml has allocations, official"
+        ValueError, match=r"unknown comparison 'ranks'; params\.yaml has allocations, as-published, official"
     ):
         params.parse_comparison(config, "ranks/smollm2-135m_r0.6")
 
