@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from made_up import made_up
 from torch import Tensor
 
 from aasvd import methods
@@ -41,39 +42,7 @@ LAYERS = [Layer(block, name, shape) for block in range(BLOCKS) for name, shape i
 FROM_MEASURES = [name for name in methods.ALLOCATIONS if name not in ("file", *methods.REMOVING)]
 
 
-def made_up() -> dict[str, list[dict[str, Tensor]]]:
-    """Return every measure of a model whose later blocks and o_proj matter more."""
-    chance = torch.Generator().manual_seed(0)
-    found: dict[str, list[dict[str, Tensor]]] = {
-        name: []
-        for name in ("spectra", "influence", "sensitivity", "relative_gradients", "profile", "positions")
-    }
-    for block in range(BLOCKS):
-        scales = {
-            name: (1 + block) * float(torch.rand((), generator=chance) + (name[10:] == "o_proj"))
-            for name in SHAPES
-        }
-        spectra = {
-            name: scales[name] * 1e3 * torch.exp(-torch.arange(min(shape)) / 15).double()
-            for name, shape in SHAPES.items()
-        }
-        found["spectra"].append(spectra)
-        found["influence"].append(
-            {name: s * torch.rand(len(s), generator=chance).double() for name, s in spectra.items()}
-        )
-        found["sensitivity"].append(
-            {name: 20 + scales[name] * (1 - torch.tensor(CANDIDATES).double()) for name in SHAPES}
-        )
-        found["relative_gradients"].append({name: torch.tensor([scales[name]]).double() for name in SHAPES})
-        found["positions"].append(
-            {name: torch.tensor([min(1.0, 0.1 * scale)]).double() for name, scale in scales.items()}
-        )
-        singular = torch.exp(-torch.arange(96) / (10 + 5 * block)).double()
-        found["profile"].append({"cosine": torch.tensor([0.6 + 0.05 * block]).double(), "singular": singular})
-    return found
-
-
-MEASURES = made_up()
+MEASURES = made_up(SHAPES, BLOCKS)
 
 
 def problem(ratio: float, **measures: list[dict[str, Tensor]]) -> Problem:

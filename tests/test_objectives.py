@@ -9,6 +9,7 @@ from torch import Tensor
 
 from aasvd import methods, objectives
 from aasvd.objectives import FUNCTIONS, Options, Solved, Statistics, aces, solver
+from aasvd.solve import Factors
 
 EPS = torch.finfo(torch.float64).eps
 SHAPES = [(6, 10), (10, 6), (8, 8)]
@@ -164,18 +165,36 @@ def test_registries_agree() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_perturbation_improves_the_result(name: str, shape: tuple[int, int], kind: str) -> None:
     """At any rank, on any covariance: 200 other matrices of the same rank, near and far, lose no less."""
-    layer, loss = Layer(shape, kind), LOSSES[name]
-    total = float(loss(layer, torch.zeros_like(layer.weight)))
+    layer = Layer(shape, kind)
     for rank in (1, 3, min(shape)):
-        factors = layer.solve(name, rank).factors
-        assert all(torch.isfinite(part).all() for part in (factors.u, factors.v, factors.spectrum))
-        best = float(loss(layer, factors.u @ factors.v))
-        size = 10 ** torch.linspace(-8, 0.5, 200, dtype=torch.float64)[:, None, None]
-        u = factors.u + size * random(200, *factors.u.shape, seed=6)
-        v = factors.v + size * random(200, *factors.v.shape, seed=7)
-        # The loss is a difference of terms of the size of `total`, right to some eps of them. The
-        # code's S is a root by way of an SVD of numbers whose squares the outlier makes 1e5 large.
-        assert (loss(layer, u @ v) >= best - 1000 * EPS * total).all()
+        assert_perturbations_lose_no_less(layer, LOSSES[name], layer.solve(name, rank).factors)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_perturbation_improves_saes_at_the_blend_it_reports(shape: tuple[int, int], kind: str) -> None:
+    layer = Layer(shape, kind)
+    for rank in (1, 3, min(shape)):
+        solved = layer.solve("saes", rank)
+        blend = solved.report["blend"]
+        assert blend is not None
+        target = layer.shifted + blend * (layer.x - layer.shifted)
+        loss = fitted_to(lambda _, target=target: target, lambda layer: layer.shifted)  # type: ignore[misc]
+        assert_perturbations_lose_no_less(layer, loss, solved.factors)
+
+
+def assert_perturbations_lose_no_less(
+    layer: Layer, loss: Callable[[Layer, Tensor], Tensor], factors: Factors
+) -> None:
+    assert all(torch.isfinite(part).all() for part in (factors.u, factors.v, factors.spectrum))
+    total = float(loss(layer, torch.zeros_like(layer.weight)))
+    best = float(loss(layer, factors.u @ factors.v))
+    size = 10 ** torch.linspace(-8, 0.5, 200, dtype=torch.float64)[:, None, None]
+    u = factors.u + size * random(200, *factors.u.shape, seed=6)
+    v = factors.v + size * random(200, *factors.v.shape, seed=7)
+    # The loss is a difference of terms of the size of `total`, right to some eps of them. DipSVD's
+    # code's S is a root by way of an SVD of numbers whose squares the outlier makes 1e5 large.
+    assert (loss(layer, u @ v) >= best - 1000 * EPS * total).all()
 
 
 @pytest.mark.parametrize(
