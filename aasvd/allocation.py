@@ -2,8 +2,9 @@
 
 Most rules give each linear a share of its parameters to keep; the shares are then rounded to ranks that
 meet the budget as closely as single ranks allow. `optimal` chooses the ranks themselves, from what each
-further direction of each linear is worth to the model's loss. Functions are found by their name in
-`aasvd.methods.ALLOCATIONS`, which says which measures (`aasvd.measures`) they need.
+further direction of each linear is worth to the model's loss. Functions are found by their names in
+`aasvd.methods.ALLOCATIONS`, which says which measures (`aasvd.measures`) they need; they return shares or an
+`Allocation`.
 """
 
 import json
@@ -124,9 +125,8 @@ def allocate(name: str, problem: Problem) -> Allocation:
     """
     if name not in ALLOCATIONS:
         raise ValueError(f"unknown allocation {name!r}; there are {', '.join(ALLOCATIONS)}")
-    if name in SHARES:
-        return _rounded(problem, SHARES[name](problem), {})
-    return RANKS[name](problem)
+    found = FUNCTIONS[name](problem)
+    return found if isinstance(found, Allocation) else _rounded(problem, found, {})
 
 
 def _rounded(problem: Problem, shares: Floats, notes: dict[str, Any]) -> Allocation:
@@ -403,22 +403,6 @@ def _dipsvd(problem: Problem, *, sign: int) -> Floats:
     return _by_block(problem, weights.clip(min=bounds["low"]), **bounds)
 
 
-SHARES: dict[str, Callable[[Problem], Floats]] = {
-    function.__name__: function
-    for function in (
-        uniform,
-        lorap,
-        strs,
-        effective_rank,
-        swift,
-        adasvd,
-        dobi,
-        dipsvd,
-        dipsvd_inverted,
-    )
-}
-
-
 # --- rules that give ranks --------------------------------------------------------------------------------
 
 
@@ -488,7 +472,7 @@ def _even_ranks(layer: Layer, largest: int) -> list[int]:
     return [rank for rank in (*finer, *range(step, largest + 1, step)) if rank <= largest]
 
 
-def from_file(problem: Problem) -> Allocation:
+def file(problem: Problem) -> Allocation:
     """Ranks from a JSON file: an object of linears (`<block>.<name>`) and ranks, null for dense.
 
     Raises:
@@ -572,10 +556,6 @@ def _remove(problem: Problem, parts: Sequence[Sequence[int]], notes: dict[str, A
     return Allocation(ranks, notes | {"removed": gone, "parts": len(parts)})
 
 
-RANKS: dict[str, Callable[[Problem], Allocation]] = {
-    "svdllm_v2": svdllm_v2,
-    "optimal": optimal,
-    "file": from_file,
-    "shortgpt": shortgpt,
-    "blockpruner": blockpruner,
+FUNCTIONS: dict[str, Callable[[Problem], Floats | Allocation]] = {
+    name: globals()[name] for name in ALLOCATIONS
 }

@@ -1,9 +1,9 @@
 """The pieces that a compression method is composed of, and what each of them needs; imports nothing heavy.
 
 A method is a layer objective, an allocation of ranks, a refinement and a post-step: a named set of
-parameters in params.yaml. A new objective is one line here and one function in `aasvd.objectives`, a new
-allocation one line here and one function in `aasvd.allocation`. The rules of the workflow make what the
-pieces of a run need, and nothing else.
+parameters in params.yaml. A new objective is one line here and one function of its name in
+`aasvd.objectives`, a new allocation one line here and one function of its name in `aasvd.allocation`. The
+rules of the workflow make what the pieces of a run need, and nothing else.
 
 What there is to need, per block:
 

@@ -3,7 +3,7 @@
 Every function takes the statistics of a group of linears that read the same tensor, and returns a solver
 of one linear of that rank. Most only choose the matrices of `aasvd.solve`'s problem: C in
 min ‖(W − W') C^{1/2}‖ (a diagonal, or any covariance), or the blend of original and shifted outputs.
-Functions are found by their name in `aasvd.methods.OBJECTIVES`, which says what they need.
+Functions are found by their names in `aasvd.methods.OBJECTIVES`, which says what they need.
 """
 
 import functools
@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from aasvd.methods import OBJECTIVES, PRUNING
 from aasvd.solve import Factors, Target, factorize, prepare, principal, relative_error
 
 # ASVD: s_j = (mean |x_j|)^α (paper; its code's default).
@@ -371,24 +372,9 @@ def loss_metric(outer: Tensor) -> tuple[Tensor, Tensor]:
     return torch.linalg.cholesky(metric), scale
 
 
+# What prunes factorizes nothing.
 FUNCTIONS: dict[str, Callable[[Statistics, Options], Solver]] = {
-    function.__name__: function
-    for function in (
-        input_agnostic,
-        input_aware,
-        shift_aware,
-        anchored,
-        blended,
-        saes,
-        asvd,
-        lorap,
-        fwsvd,
-        dipsvd_paper,
-        dipsvd_code,
-        adasvd,
-        loss_aware,
-        loss_blended,
-    )
+    name: globals()[name] for name in OBJECTIVES if name not in PRUNING
 }
 
 

@@ -97,7 +97,7 @@ def _validator() -> jsonschema.Draft202012Validator:
 
 
 def validate(config: Config) -> None:
-    """Check a configuration against the schema.
+    """Check a configuration against the schema, and all names in it.
 
     Raises:
         ValueError: Names the key, what is wrong with it and what is allowed.
@@ -107,7 +107,14 @@ def validate(config: Config) -> None:
         place = ".".join(map(str, error.absolute_path)) or "top level"
         raise ValueError(f"params.yaml: {place}: {error.message}")
     overrides = dict(_overrides(config))
-    for section in [config, *overrides.values()]:
+    for place, section in {"": config, **overrides}.items():
+        for piece, known in (("objective", OBJECTIVES), ("allocation", ALLOCATIONS)):
+            name = section.get("compression", {}).get(piece)
+            if name is not None and name not in known:
+                raise ValueError(
+                    f"params.yaml: {place}compression.{piece}: unknown {piece} {name!r}; "
+                    f"there are {', '.join(known)}"
+                )
         if "suite" in section.get("evaluation", {}):
             choose(section["evaluation"]["suite"], config["suites"], "evaluation suite")
         for text in [*_texts(section)]:
@@ -120,10 +127,10 @@ def validate(config: Config) -> None:
     choose(config["model"], config["models"], "model")
     for place, section in overrides.items():
         if "ratio" in section.get("compression", {}):
-            raise ValueError(f"params.yaml: {place}.compression.ratio: the ratio is part of a run's name")
+            raise ValueError(f"params.yaml: {place}compression.ratio: the ratio is part of a run's name")
         if "keep_activations" in section.get("calibration", {}):
             raise ValueError(
-                f"params.yaml: {place}.calibration.keep_activations: runs share activations, "
+                f"params.yaml: {place}calibration.keep_activations: runs share activations, "
                 "so only calibration.keep_activations itself says whether they are kept"
             )
         for name in section.get("methods", {}):
@@ -140,12 +147,12 @@ def validate(config: Config) -> None:
 
 
 def _overrides(config: Config) -> Iterable[tuple[str, Config]]:
-    """Yield the place and the content of everything that is laid over the default settings."""
+    """Yield everything that is laid over the default settings, with the beginning of its keys' names."""
     for kind in ("methods", "variants"):
         for name, section in config[kind].items():
-            yield f"{kind}.{name}", section
+            yield f"{kind}.{name}.", section
             for method, own in section.get("methods", {}).items():
-                yield f"{kind}.{name}.methods.{method}", own
+                yield f"{kind}.{name}.methods.{method}.", own
 
 
 class Comparison(NamedTuple):

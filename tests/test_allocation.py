@@ -3,7 +3,7 @@ import json
 import math
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 import pytest
@@ -14,8 +14,9 @@ from torch import Tensor
 from aasvd import methods
 from aasvd.allocation import (
     CANDIDATES,
-    RANKS,
-    SHARES,
+    FUNCTIONS,
+    Allocation,
+    Floats,
     Layer,
     Problem,
     allocate,
@@ -61,8 +62,14 @@ def mean_share(ranks: list[int | None], chosen: Any) -> float:
     )
 
 
-def test_registries_agree() -> None:
-    assert set(SHARES) | set(RANKS) == set(methods.ALLOCATIONS)
+def test_every_name_is_a_function_of_one_signature() -> None:
+    assert set(FUNCTIONS) == set(methods.ALLOCATIONS)
+    for name, function in FUNCTIONS.items():
+        assert function.__module__ == "aasvd.allocation" and function.__name__ == name
+        assert get_type_hints(function) in (
+            {"problem": Problem, "return": Floats},
+            {"problem": Problem, "return": Allocation},
+        )
 
 
 @pytest.mark.parametrize("name", FROM_MEASURES)

@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Callable
+from typing import get_type_hints
 
 import pytest
 import torch
 from torch import Tensor
 
 from aasvd import methods, objectives
-from aasvd.objectives import FUNCTIONS, Options, Solved, Statistics, aces, solver
+from aasvd.objectives import FUNCTIONS, Options, Solved, Solver, Statistics, aces, solver
 from aasvd.solve import Factors
 
 EPS = torch.finfo(torch.float64).eps
@@ -155,8 +156,14 @@ def test_dipsvd_scales_three_percent_of_the_channels(name: str) -> None:
         assert found == pytest.approx(float(singular[rank:].sum()), rel=1e-9)
 
 
-def test_registries_agree() -> None:
+def test_every_name_is_a_function_of_one_signature() -> None:
     assert set(FUNCTIONS) == set(methods.OBJECTIVES) - set(methods.PRUNING)
+    for name, function in FUNCTIONS.items():
+        assert function.__module__ == "aasvd.objectives" and function.__name__ == name
+        assert get_type_hints(function) == {"statistics": Statistics, "options": Options, "return": Solver}
+
+
+def test_every_objective_is_tested_for_its_optimum() -> None:
     assert set(LOSSES) | {"saes", "adasvd"} == set(FUNCTIONS)
 
 

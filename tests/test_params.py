@@ -106,7 +106,7 @@ def test_no_object_of_the_schema_takes_unknown_keys() -> None:
         (["calibration", "sequences"], 0, r"calibration\.sequences: 0 is less than the minimum of 1"),
         (["calibration", "sampling"], "best", r"calibration\.sampling: 'best' is not one of .*'sequential'"),
         (["calibration", "batch"], True, r"calibration\.batch: True is not of type 'integer'"),
-        (["compression", "objective"], "obj4", r"compression\.objective: 'obj4' is not one of .*anchored"),
+        (["compression", "objective"], "obj4", r"compression\.objective: unknown objective 'obj4'; there"),
         (["compression", "storage"], "zip", r"compression\.storage: 'zip' is not one of .*pivoted"),
         (["compression", "blend"], 1.5, r"compression\.blend: 1\.5 is greater than the maximum of 1"),
         (["refinement", "learning_rate"], 0, r"refinement\.learning_rate: 0 is less than or equal to"),
@@ -130,7 +130,9 @@ def test_no_object_of_the_schema_takes_unknown_keys() -> None:
         (["runs"], ["nobody_r0.6"], r"unknown model 'nobody'; params\.yaml has llama2-13b, .*smollm2-135m"),
         (["runs"], ["llama7b_r0.6_none"], r"unknown method or variant 'none'; params\.yaml has .*paper"),
         (["runs"], ["llama7b_r1.5"], r"ratio 1\.5 must lie between 0 and 1"),
-        (["methods", "wild"], {"compression": {"allocation": "best"}}, r"'best' is not one of .*'optimal'"),
+        (["methods", "wild"], {"compression": {"allocation": "best"}}, r"wild\.\w+\.allocation: unknown"),
+        (["compression", "allocation"], "best", r"unknown allocation 'best'; there are uniform, .*optimal"),
+        (["compression", "allocation"], 3, r"compression\.allocation: 3 is not of type 'string'"),
         (["methods", "wild"], {"compression": {"method": "none"}}, r"unknown method 'none'"),
         (["methods", "norefine"], {}, r"norefine is both a method and a variant"),
         (["compression", "method"], "none", r"unknown method 'none'; params\.yaml has .*svd-llm"),
@@ -151,6 +153,19 @@ def test_a_mistake_is_one_line_that_names_the_key(
         params.validate(config)
     assert "\n" not in str(raised.value)
     assert len(str(raised.value)) < 700  # names of all methods and variants among them
+
+
+def test_a_line_makes_a_new_objective_or_allocation_known(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config["methods"]["new"] = {"compression": {"objective": "mine", "allocation": "fair"}}
+    monkeypatch.setitem(methods.OBJECTIVES, "mine", methods.Piece(("shifted",)))
+    with pytest.raises(ValueError, match="unknown allocation 'fair'"):
+        params.validate(config)
+    monkeypatch.setitem(methods.ALLOCATIONS, "fair", methods.Piece(("spectra",)))
+    params.validate(config)
+    run = params.parse_run(config, "llama7b_r0.6_new_norefine")
+    assert (params.block_stages(run), params.measures(run)) == (["solve", "propagate"], ["spectra"])
 
 
 def test_a_missing_key_is_named(config: Config) -> None:
@@ -359,6 +374,7 @@ def test_a_variant_holds_settings_of_single_methods(config: Config) -> None:
         ({"svd": {"compression": {"ratio": 0.5}}}, r"variants\.mine\.methods\.svd\.compression\.ratio: "),
         ({"svd": {"calibration": {"keep_activations": False}}}, r"methods\.svd\.calibration\.keep_acti"),
         ({"svd": {"calibration": {"text": "nowhere"}}}, r"unknown text 'nowhere'"),
+        ({"svd": {"compression": {"objective": ""}}}, r"mine\.methods\.svd\.compression\.objective: unknown"),
         ({"svd": {"methods": {}}}, r"variants\.mine\.methods\.svd: .*'methods' was unexpected"),
     ]:
         config["variants"]["mine"]["methods"] = own | mistake
