@@ -110,9 +110,11 @@ def model_card(
     """
     stays = {**ranks, **{name: math.prod(size) for name, size in kept.items()}}
     kinds: dict[tuple[str, str], list[int | None]] = {}
+    blocks: dict[int, dict[str, int | None]] = {}
     for name, (rows, columns) in shapes.items():
-        kind = name.removeprefix(f"{path}.").partition(".")[2]
+        block, _, kind = name.removeprefix(f"{path}.").partition(".")
         kinds.setdefault((kind, f"{rows} x {columns}"), []).append(stays.get(name))
+        blocks.setdefault(int(block), {})[kind] = stays.get(name)
     table = "\n".join(
         f"| {kind} | {shape} | {_span(found)} | {len(found)} |" for (kind, shape), found in kinds.items()
     )
@@ -120,9 +122,10 @@ def model_card(
         f"| {what} | {dense} | {compressed} |" for what, dense, compressed in _table(result).rows
     )
     source = ", ".join(f"{key} {value}" for key, value in base.items())
+    on_hub = f"\nbase_model: {base['hub']}" if "hub" in base else ""
     ratio = result["ratio"]
     return f"""---
-library_name: transformers
+library_name: transformers{on_hub}
 pipeline_tag: text-generation
 tags: [aasvd, {"pruned" if kept else "low-rank"}]
 ---
@@ -130,8 +133,9 @@ tags: [aasvd, {"pruned" if kept else "low-rank"}]
 # {result["run"]}
 
 Base model: {result["model"]} ({source}), whose licence applies. Compressed by {result["method"]}:
-objective {result["objective"]}, storage {result["storage"]}, precision {result["precision"]}; kept
-{ratio["achieved"]:.4f} of the linears' parameters (asked: {ratio["target"]:g}).
+objective {result["objective"]}, allocation {result["allocation"]}, storage {result["storage"]},
+precision {result["precision"]}; kept {ratio["achieved"]:.4f} of the linears' parameters
+(asked: {ratio["target"]:g}).
 
 | | dense | compressed |
 | --- | --- | --- |
@@ -159,7 +163,29 @@ Nothing in the folder is executed. `sha256sum -c SHA256SUMS` checks it; loading 
 | linear | shape | {"numbers that stay" if kept else "rank"} | blocks |
 | --- | --- | --- | --- |
 {table}
+
+<details>
+<summary>Of every block</summary>
+
+{_by_block(blocks)}
+
+</details>
 """
+
+
+def _by_block(blocks: Mapping[int, Mapping[str, int | None]]) -> str:
+    """Return a table of what each kind of linear keeps in each block."""
+    kinds = list(dict.fromkeys(kind for found in blocks.values() for kind in found))
+
+    def cell(found: Mapping[str, int | None], kind: str) -> str:
+        return "–" if kind not in found else "dense" if found[kind] is None else str(found[kind])
+
+    rows = [
+        ["block", *kinds],
+        ["---"] * (len(kinds) + 1),
+        *([str(block), *(cell(found, kind) for kind in kinds)] for block, found in sorted(blocks.items())),
+    ]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def _cache(counts: Mapping[str, Any]) -> str:

@@ -1,4 +1,5 @@
 import copy
+import functools
 import itertools
 import json
 import shutil
@@ -16,11 +17,16 @@ ROOT = Path(__file__).parent.parent
 Config = dict[str, Any]
 
 
-@pytest.fixture
-def config() -> Config:
+@functools.cache
+def shipped() -> Config:
     loaded = yaml.safe_load((ROOT / "params.yaml").read_text())
     assert isinstance(loaded, dict)
     return loaded
+
+
+@pytest.fixture
+def config() -> Config:
+    return copy.deepcopy(shipped())
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ RESULT: dict[str, Any] = {
     "run": "mine_r0.6",
     "method": "aasvd",
     "objective": "a<b",
+    "allocation": "optimal",
     "ratio": {"target": 0.6, "achieved": 0.59871},
     "parameters": {
         "dense": 1_234_567,
@@ -62,7 +63,8 @@ CARD: dict[str, Any] = {
 
 def test_model_card_says_what_it_is() -> None:
     card = report.model_card(**CARD)
-    assert card.startswith("---\nlibrary_name: transformers\n")
+    # The hub shows a model under the one that it was made from.
+    assert card.startswith("---\nlibrary_name: transformers\nbase_model: org/name\npipeline_tag: text-")
     for line in (
         "| perplexity wikitext2 | 21.24 | 51.20 |",
         "| bytes of weights | 2,000,000 | 700,000 |",
@@ -72,7 +74,38 @@ def test_model_card_says_what_it_is() -> None:
     ):
         assert line in card.splitlines()
     assert "mine (hub org/name, revision main)" in card
-    assert "storage pivoted, precision int8" in card and "0.5987" in card
+    said = (
+        "Compressed by aasvd: objective a<b, allocation optimal, storage pivoted, precision int8; kept 0.5987"
+    )
+    assert said in " ".join(card.split())
+    # Only a model on the hub can be named there.
+    elsewhere = report.model_card(**{**CARD, "base": {"path": "/models/mine"}})
+    assert elsewhere.startswith("---\nlibrary_name: transformers\npipeline_tag: text-generation\n")
+    assert "mine (path /models/mine)" in elsewhere
+
+
+def folded(card: str) -> list[list[str]]:
+    """Return the cells of the table that a card shows when it is asked to."""
+    _, _, inside = card.partition("<details>\n<summary>Of every block</summary>\n\n")
+    table, end, _ = inside.partition("\n\n</details>\n")
+    assert end
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+
+
+def test_model_card_holds_the_rank_of_every_linear_of_every_block() -> None:
+    assert folded(report.model_card(**CARD)) == [
+        ["block", "q", "up", "gate"],
+        ["---", "---", "---", "---"],
+        ["0", "3", "2", "–"],
+        ["1", "3", "dense", "dense"],
+    ]
+    # Of many blocks, in the order of their numbers and not of their names, one short line each.
+    shapes = {f"h.{block}.mlp.{kind}": [4, 4] for block in sorted(map(str, range(80))) for kind in ("a", "b")}
+    ranks = {f"h.{block}.mlp.a": block % 3 + 1 for block in range(80)}
+    card = report.model_card(**{**CARD, "shapes": shapes, "ranks": ranks, "path": "h"})
+    assert "| mlp.a | 4 x 4 | 1 to 3 | 80 |" in card and "| mlp.b | 4 x 4 | dense | 80 |" in card
+    expected = [[str(block), str(block % 3 + 1), "dense"] for block in range(80)]
+    assert folded(card) == [["block", "mlp.a", "mlp.b"], ["---"] * 3, *expected]
 
 
 def test_model_card_says_what_a_cache_takes() -> None:
