@@ -19,9 +19,9 @@ from aasvd.fusion import fuse, unfuse
 from aasvd.latents import LatentCache
 
 
-@pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> Written:
-    return Written(tmp_path_factory.mktemp("llama"), "llama")
+@pytest.fixture(scope="module", params=list(FORMATS))
+def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Written:
+    return Written(tmp_path_factory.mktemp("llama"), "llama", storage=request.param)
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,11 @@ def assert_close(found: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize(
+    ("written", "gradients"),
+    [*((storage, False) for storage in FORMATS), ("factors", True), ("pivoted", True)],
+    indirect=["written"],
+)
 def test_compiles_as_one_graph(written: Written, expected: Tensor, gradients: bool) -> None:
     model = load(written.folder)
     torch._dynamo.reset()
@@ -62,7 +66,7 @@ def test_autocast(written: Written, prompt: Tensor) -> None:
         with torch.autocast("cpu", torch.bfloat16):
             found = model(prompt).logits
     assert found.dtype == torch.bfloat16
-    assert model.model.layers[0].mlp.up_proj.v.dtype == torch.float32
+    assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
     # A dozen roundings of numbers below about 4 in a row, of which none is lost.
     torch.testing.assert_close(found.float(), exact, rtol=0, atol=20 * torch.finfo(torch.bfloat16).eps)
 
@@ -120,6 +124,8 @@ def test_device_map(written: Written, expected: Tensor, device_map: object, tmp_
             assert_close(model(tokens()).logits, expected)
 
 
+# Codes are not offloaded unless asked.
+@pytest.mark.parametrize("written", ["factors", "pivoted"], indirect=True)
 def test_latent_cache_of_offloaded_weights(written: Written, tmp_path: Path) -> None:
     model = load(written.folder, device_map=PARTLY_ON_DISK, offload_folder=tmp_path)
     with pytest.raises(ValueError, match="weights of attention layer 1 of LlamaForCausalLM are offloaded"):
