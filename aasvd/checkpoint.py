@@ -67,7 +67,8 @@ class AasvdConfig(QuantizationConfigMixin):
         storage: How a factored linear is stored, one of `aasvd.formats.FORMATS`.
         kept: Rows and columns that stay of each pruned linear, by its module name.
         format_version: Version of this layout.
-        details: Where the numbers come from: method, objective, ratio and so on; not interpreted here.
+        details: Where the numbers come from: method, objective, ratio and so on, and what a cache of latents
+            saves; not interpreted here.
     """
 
     def __init__(
@@ -316,7 +317,8 @@ def write(
         ranks: Rank of each factored linear, by module name; all others stay dense.
         storage: How these are stored, one of `aasvd.formats.FORMATS`.
         kept: Rows and columns that stay of each pruned linear, by module name.
-        details: Recorded in config.json as they are; must be JSON without NaN.
+        details: Recorded in config.json as they are, beside what the cache of a token takes and whether one
+            of latents would save anything (`aasvd.latents.summary`); must be JSON without NaN.
         tensor: Returns the tensor of a name of the compressed model's state, such as
             `model.layers.0.self_attn.q_proj.u` or `model.norm.weight`, in any type, on any device. Called
             once for each name.
@@ -335,7 +337,11 @@ def write(
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(f"{dense} is already quantized: its config.json has a quantization_config")
     model = _unfilled(config, ranks, storage=storage, kept=kept, dtype=dtype)
-    plain = json.loads(json.dumps(details, allow_nan=False))
+    # Not above: transformers' caches may be what is importing transformers, and so this module, just now.
+    from aasvd import latents
+
+    described = {**details, "cache_bytes_per_token": latents.summary(model)}
+    plain = json.loads(json.dumps(described, allow_nan=False))
     model.config.quantization_config = AasvdConfig(
         ranks=ranks, storage=storage, kept=kept, details=plain, format_version=FORMAT_VERSION
     )

@@ -314,7 +314,7 @@ def test_folder_holds_tokenizer_and_details_but_no_code(llama: Written) -> None:
         "storage": "factors",
         "kept": {},
         "ranks": llama.ranks,
-        "details": DETAILS,
+        "details": {**DETAILS, "cache_bytes_per_token": latents.summary(load(llama.folder))},
     }
 
 
@@ -380,6 +380,9 @@ def test_outline_says_what_a_cache_takes(architecture: str, storage: str, tmp_pa
     assert all(tensor.is_meta for tensor in outline.state_dict().values())
     found = latents.summary(outline)
     assert found == latents.summary(load(written.folder))
+    # In config.json too, so that a folder says by itself whether that cache is of use.
+    config = json.loads((written.folder / "config.json").read_text())["quantization_config"]
+    assert config["details"] == {**DETAILS, "cache_bytes_per_token": found}
     if architecture == "llama":  # two layers of 2 * 16 numbers, or of 2 * 5 latents and 16 cosines and sines
         assert found == {"ordinary": 2 * 32 * 4, "latents": (2 * 10 + 16) * 4, "reason": ""}
     else:

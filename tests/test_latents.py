@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from architectures import GROUPED, tiny_config, tiny_model
-from test_checkpoint import factor
+from test_checkpoint import factor, pack
 from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
@@ -20,7 +20,7 @@ from transformers import (
 )
 from transformers.models.llama.modeling_llama import LlamaAttention
 
-from aasvd.formats import replace_linears
+from aasvd.formats import FORMATS, replace_linears
 from aasvd.fusion import fuse
 from aasvd.latents import LatentCache, cache_bytes_per_token, plan
 
@@ -53,7 +53,7 @@ def other_model(config: PreTrainedConfig) -> PreTrainedModel:
     return model.eval()
 
 
-def low_rank(name: str, rank: int = RANK, **changes: object) -> PreTrainedModel:
+def low_rank(name: str, rank: int = RANK, storage: str = "factors", **changes: object) -> PreTrainedModel:
     """Return a tiny model with every linear of its blocks factored; `changes` are to its config."""
     model = other_model(OTHERS[name]()) if name in OTHERS else tiny_model(name)
     if changes:
@@ -64,8 +64,9 @@ def low_rank(name: str, rank: int = RANK, **changes: object) -> PreTrainedModel:
         model = AutoModelForCausalLM.from_config(config).eval()
         model.load_state_dict(state)
     names = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and ".layers." in n]
-    state = factor(model, dict.fromkeys(names, rank))
-    replace_linears(model, dict.fromkeys(names, rank), storage="factors")
+    ranks = dict.fromkeys(names, rank)
+    state = pack(factor(model, ranks), ranks, storage, torch.float32)
+    replace_linears(model, ranks, storage=storage)
     model.load_state_dict(state, strict=False)
     return model
 
@@ -114,9 +115,14 @@ def test_greedy_tokens_are_those_of_the_ordinary_cache(model: PreTrainedModel) -
     assert_same_tokens(model, 2, lengths.get(model.config.model_type, 256))
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3"])
-def test_greedy_tokens_of_one_sequence(name: str) -> None:
-    assert_same_tokens(low_rank(name), 1, 256)
+def test_greedy_tokens_of_one_sequence() -> None:
+    assert_same_tokens(low_rank("qwen3"), 1, 256)
+
+
+@pytest.mark.parametrize(("storage", "sequences"), [*((storage, 1) for storage in FORMATS), ("pivoted", 2)])
+def test_greedy_tokens_of_every_format(storage: str, sequences: int) -> None:
+    """One sequence is one token at a time, for which formats have other products than for many."""
+    assert_same_tokens(low_rank("llama", storage=storage), sequences, 256)
 
 
 def test_bytes_are_as_counted(model: PreTrainedModel) -> None:

@@ -31,6 +31,7 @@ ORDER = [
     "pruned",
     "quantized",
     "formats",
+    "lora",
     "weights",
     "attention",
     "capture",
