@@ -1,4 +1,4 @@
-"""The vLLM plugin against stand-ins for vLLM's classes: vLLM itself cannot be installed here."""
+"""The vLLM plugin against stand-ins for vLLM's classes: vLLM itself is not among the requirements."""
 
 import importlib.metadata
 import json
