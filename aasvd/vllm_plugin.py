@@ -4,8 +4,8 @@ vLLM finds it through the entry point `vllm.general_plugins` of this package, an
 its processes. The parts of its fused linears (qkv_proj, gate_up_proj) may be dense or have a rank each; the
 first matrices of those with a rank are stacked. One device only: with tensor parallelism there is an error.
 
-vLLM never generated with it where it was written; what was tried is in docs/inference.md. Written after vLLM's
-sources up to 0.33.
+Written after vLLM's sources up to 0.33. vLLM never generated with it where it was written; docs/inference.md
+says what was tried.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Stand-ins for the classes of vLLM that a quantization plugin meets: vLLM itself is not among the requirements.
+"""Stand-ins for the classes of vLLM, not among the requirements, that a quantization plugin meets.
 
 Written after vLLM 0.33: the same names, arguments, order of calls and ways to load weights; neither kernels
 nor communication. Sources there: model_executor/layers/linear.py, model_executor/layers/quantization/,
