@@ -25,6 +25,7 @@ def is_vector(x: Tensor, weight: Tensor) -> bool:
     F.linear only, and autocast knows no other.
     """
     return (
+        # First: a compiler may not know how many tokens there are.
         not torch.compiler.is_compiling()
         and x.numel() == x.shape[-1]
         and x.device.type == "cpu"

@@ -102,6 +102,38 @@ def convert(
     return rows, coefficients, order
 
 
+def left_factor(coefficients: Tensor, order: Tensor) -> Tensor:
+    """Return u (out, rank) of coefficients (out − rank, rank): the identity in the pivots' rows."""
+    rank = coefficients.shape[1]
+    identity = torch.eye(rank, device=coefficients.device, dtype=coefficients.dtype)
+    return torch.cat((identity, coefficients)).index_select(0, order)
+
+
+def outputs(latents: Tensor, coefficients: Tensor, order: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Map latents (..., rank), the outputs of the pivots' rows, to those of all rows (..., out), plus bias.
+
+    Args:
+        latents: x rowsᵀ.
+        coefficients: Those of the other rows (out − rank, rank).
+        order: Place of each row of the weight among pivots and others (out,).
+        bias: (out,) or None.
+    """
+    if is_vector(latents, coefficients):
+        pivots = latents.view(-1)
+        vector = torch.cat((pivots, torch.mv(coefficients, pivots))).index_select(0, order)
+        return (vector if bias is None else vector + bias).view(*latents.shape[:-1], -1)
+    # Ordering rank rows of the weight once costs less than ordering the outputs of that many tokens,
+    # which are strided; a compiler makes one kernel of the latter, and keeps one graph for any length.
+    if not torch.compiler.is_compiling() and latents.shape[:-1].numel() > latents.shape[-1]:
+        return product(latents, left_factor(coefficients, order), bias)
+    y = torch.cat((latents, product(latents, coefficients)), -1)
+    if torch.compiler.is_compiling() or y.numel() == y.shape[-1]:
+        y = y.index_select(-1, order)
+    else:  # on CPUs several times as fast for many tokens of 16 bits, and as fast for others
+        y = y.gather(-1, order.long().expand(y.shape))
+    return y if bias is None else y + bias.to(y.dtype)
+
+
 class PivotedLinear(CompressedLinear):
     """Linear layer of rank k that stores k rows of its weight and the others' coefficients.
 
@@ -156,11 +188,7 @@ class PivotedLinear(CompressedLinear):
 
     def factors(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
         """Return u (out, rank), the identity in the pivots' rows, and v (rank, in) with weight u v."""
-        return self._ordered(self.coefficients_in(dtype)), self.rows
-
-    def _ordered(self, coefficients: Tensor) -> Tensor:
-        identity = torch.eye(self.rank, device=coefficients.device, dtype=coefficients.dtype)
-        return torch.cat((identity, coefficients)).index_select(0, self.order)
+        return left_factor(self.coefficients_in(dtype), self.order), self.rows
 
     def down(self, x: Tensor) -> Tensor:
         """Map x (..., in) to its latents (..., rank): the outputs of the pivots' rows."""
@@ -168,18 +196,4 @@ class PivotedLinear(CompressedLinear):
 
     def up(self, latents: Tensor) -> Tensor:
         """Map latents (..., rank) to (..., out)."""
-        coefficients = self.coefficients_in(latents.dtype)
-        if is_vector(latents, coefficients):
-            pivots = latents.view(-1)
-            outputs = torch.cat((pivots, torch.mv(coefficients, pivots))).index_select(0, self.order)
-            return (outputs if self.bias is None else outputs + self.bias).view(*latents.shape[:-1], -1)
-        # Ordering rank rows of the weight once costs less than ordering the outputs of that many tokens,
-        # which are strided; a compiler makes one kernel of the latter, and keeps one graph for any length.
-        if not torch.compiler.is_compiling() and latents.shape[:-1].numel() > self.rank:
-            return product(latents, self._ordered(coefficients), self.bias)
-        outputs = torch.cat((latents, product(latents, coefficients)), -1)
-        if torch.compiler.is_compiling() or outputs.numel() == outputs.shape[-1]:
-            outputs = outputs.index_select(-1, self.order)
-        else:  # on CPUs several times as fast for many tokens of 16 bits, and as fast for others
-            outputs = outputs.gather(-1, self.order.long().expand(outputs.shape))
-        return outputs if self.bias is None else outputs + self.bias.to(outputs.dtype)
+        return outputs(latents, self.coefficients_in(latents.dtype), self.order, self.bias)

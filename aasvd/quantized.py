@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from aasvd.lowrank import CompressedLinear, Layout
-from aasvd.pivoted import PivotedLinear, convert
+from aasvd.pivoted import PivotedLinear, convert, left_factor
 from aasvd.rounding import refit, round_with_feedback
 
 _LEVELS = 127  # int8 without -128, so that codes are symmetric
@@ -174,7 +174,8 @@ class Int8PivotedLinear(_Coded, PivotedLinear):
 
     def factors(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
         """Return u and v with everything expanded."""
-        return self._ordered(self.coefficients_in(dtype)), _expanded(self.rows, self.scales[0], dtype)
+        u = left_factor(self.coefficients_in(dtype), self.order)
+        return u, _expanded(self.rows, self.scales[0], dtype)
 
     def down(self, x: Tensor) -> Tensor:
         """Map x (..., in) to its latents (..., rank)."""
