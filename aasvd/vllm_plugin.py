@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from aasvd.checkpoint import METHOD, AasvdConfig
+from aasvd.formats import MARKER
 
 STORAGE = "factors"
 # Names that vLLM's loaders give the parts of fused linears, in their order.
@@ -81,6 +82,10 @@ class Factors:
             setattr(parameter, "weight_loader", self._loader(layer, name))  # noqa: B010 (nn.Parameter has none)
             layer.register_parameter(name, parameter)
             self._missing |= {(name, index) for index in range(len(outputs))}
+        # vLLM's loaders look up a parameter for every tensor of the checkpoint.
+        marker = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
+        setattr(marker, "weight_loader", _load_marker)  # noqa: B010
+        layer.register_parameter(MARKER, marker)
 
     def _loader(self, layer: nn.Module, name: str) -> Any:
         def load(parameter: nn.Parameter, stored: Tensor, part: Any = None) -> None:
@@ -116,6 +121,15 @@ class Factors:
         outputs = [F.linear(part, u) for part, u in zip(latents, self._views(layer.u), strict=True)]
         output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
         return output if bias is None else output + bias
+
+
+def _load_marker(_parameter: nn.Parameter, stored: Tensor, _part: Any = None) -> None:
+    """Take a factored linear's empty weight, and no other."""
+    if stored.shape != (0,):
+        raise ValueError(
+            f"the checkpoint holds a weight of shape {tuple(stored.shape)} for a factored linear: "
+            "expected an empty one"
+        )
 
 
 def register() -> None:

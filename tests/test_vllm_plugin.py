@@ -206,6 +206,9 @@ def test_ranks_may_differ_within_a_fused_linear() -> None:
         layer.v.weight_loader(layer.v, v[1], "v")
     with pytest.raises(ValueError, match="there is no part None to load"):
         layer.v.weight_loader(layer.v, torch.cat(v))
+    layer.weight.weight_loader(layer.weight, torch.empty(0), 0)
+    with pytest.raises(ValueError, match=r"a weight of shape \(5, 4\) for a factored linear"):
+        layer.weight.weight_loader(layer.weight, torch.ones(5, 4), 0)
 
 
 def test_dense_linears_and_other_layers(vllm: Vllm, llama: Written) -> None:
