@@ -3,9 +3,10 @@
 `config.json` says which linears, in which format and to which rank, under `quantization_config`. Once this
 module is registered with transformers (importing `aasvd` is enough), `from_pretrained` puts the format's
 layer in the place of each of them before it reads the weights; model code stays transformers'
-own and nothing from the folder is executed. transformers only warns about absent, left-over or misshapen
-tensors, and fills the gaps at random; here the safetensors headers are compared with the model first and
-each such difference is an error.
+own and nothing from the folder is executed. transformers only warns about absent and left-over tensors, and
+fills the gaps at random; here the safetensors headers are compared with the model first and each such
+difference is an error. Where this module is not asked, since it was not imported or config.json has lost its
+`quantization_config`, transformers finds an empty weight for each of these linears and refuses that.
 """
 
 import contextlib
@@ -18,11 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import wrapt
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     AUTO_QUANTIZER_MAPPING,
@@ -33,14 +35,16 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from aasvd.artifacts import DamagedArtifactError, digest, remake_command, replacing
-from aasvd.formats import FORMATS, replace_linears
+from aasvd.formats import FORMATS, MARKER, replace_linears
 from aasvd.fusion import fuse
 from aasvd.lowrank import CompressedLinear
 from aasvd.pruned import PrunedLinear
 from aasvd.weights import TYPE_NAMES, StoredTensor, stored_tensors, weight_files, write_safetensors
 
 METHOD = "aasvd"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+# Version 1 has no `aasvd.formats.MARKER`; such a folder opens as ever, and is saved again as it is.
+READABLE_VERSIONS = (1, FORMAT_VERSION)
 _FLOATS = ("F16", "BF16", "F32", "F64")
 CHECKSUMS = "SHA256SUMS"
 TOKENIZER_FILES = (
@@ -89,10 +93,10 @@ class AasvdConfig(QuantizationConfigMixin):
         """
         if quant_method != METHOD:
             raise ValueError(f"quantization_config.quant_method is {quant_method!r}: expected {METHOD!r}")
-        if type(format_version) is not int or format_version != FORMAT_VERSION:
+        if type(format_version) is not int or format_version not in READABLE_VERSIONS:
             raise ValueError(
                 f"quantization_config.format_version is {format_version!r}: this version of aasvd reads "
-                f"{FORMAT_VERSION}"
+                f"{' and '.join(map(str, READABLE_VERSIONS))}"
             )
         if unknown:
             raise ValueError(f"quantization_config has the unknown key {min(unknown)!r}")
@@ -129,6 +133,11 @@ class AasvdConfig(QuantizationConfigMixin):
         self.kept = {name: list(size) for name, size in (kept or {}).items()}
         self.details = dict(details or {})
 
+    @property
+    def marked(self) -> bool:
+        """Say whether each compressed linear has its `aasvd.formats.MARKER`."""
+        return self.format_version > 1
+
 
 class AasvdQuantizer(HfQuantizer):
     """Lets transformers load, save, train and compile a compressed model.
@@ -160,7 +169,7 @@ class AasvdQuantizer(HfQuantizer):
             sizes = getattr(config, field).items()
             inside = {ours + key.removeprefix(theirs): size for key, size in sizes if key.startswith(theirs)}
             setattr(config, field, inside)
-        replace_linears(model, config.ranks, storage=config.storage, kept=config.kept)
+        replace_linears(model, config.ranks, storage=config.storage, kept=config.kept, marked=config.marked)
         expected = {theirs + key.removeprefix(ours): value for key, value in saved_tensors(model).items()}
         # Under another head than the stored one, transformers starts the new head and drops the old one, as
         # with any checkpoint; only the factors have no start of their own.
@@ -178,11 +187,19 @@ class AasvdQuantizer(HfQuantizer):
             if _module(key) in compressed:
                 layer = model.get_submodule(ours + _module(key).removeprefix(theirs))
                 _check_overhead(key, stored[key], layer)
+        _check_type(folder, stored)
         _check_digests(folder, [Path(file) for file in checkpoint_files])
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: object) -> Any:
-        """Let linears that read the same input share their first product, where all weights are in memory."""
+        """Let linears that read the same input share their first product, where all weights are in memory.
+
+        Empty tensors get memory of no address.
+        """
+        for tensor in (*model.parameters(), *model.buffers()):
+            if not tensor.numel():
+                # As read, it points at memory of the reader, which `save_pretrained` would group shards by.
+                tensor.data = torch.empty_like(tensor)
         if not any(parameter.is_meta for parameter in model.parameters()):
             fuse(model)
         return model
@@ -213,6 +230,7 @@ def register() -> None:
         register_quantization_config(METHOD)(AasvdConfig)
     if METHOD not in AUTO_QUANTIZER_MAPPING:
         register_quantizer(METHOD)(AasvdQuantizer)
+        wrapt.wrap_function_wrapper(PreTrainedConfig, "from_dict", _checking_first)
 
 
 def saved_tensors(model: Any) -> dict[str, Tensor]:
@@ -237,22 +255,14 @@ def parameter_count(model: Any) -> int:
 def outline(folder: Path) -> Any:
     """Return the causal model of a checkpoint with its compressed layers on the meta device, unfilled."""
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    stored = AasvdConfig(**config.quantization_config)
-    return _unfilled(config, stored.ranks, storage=stored.storage, kept=stored.kept, dtype=config.dtype)
+    return _unfilled(config, AasvdConfig(**config.quantization_config), dtype=config.dtype)
 
 
-def _unfilled(
-    config: Any,
-    ranks: Mapping[str, int],
-    *,
-    storage: str,
-    kept: Mapping[str, Sequence[int]] | None,
-    dtype: torch.dtype,
-) -> Any:
+def _unfilled(config: Any, stored: AasvdConfig, *, dtype: torch.dtype) -> Any:
     """Return a causal model with compressed layers on the meta device."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
-    replace_linears(model, ranks, storage=storage, kept=kept)
+    replace_linears(model, stored.ranks, storage=stored.storage, kept=stored.kept, marked=stored.marked)
     return model
 
 
@@ -277,7 +287,7 @@ def counts(folder: Path, linears: Sequence[str]) -> dict[str, int]:
     total = 0
     for name, tensor in stored_tensors(files).items():
         module, _, leaf = name.rpartition(".")
-        if module in numbers and leaf in overhead:
+        if module in numbers and (leaf in overhead or (leaf == MARKER and tensor.shape == (0,))):
             continue
         elements = torch.Size(tensor.shape).numel()
         total += elements
@@ -321,7 +331,7 @@ def write(
             of latents would save anything (`aasvd.latents.summary`); must be JSON without NaN.
         tensor: Returns the tensor of a name of the compressed model's state, such as
             `model.layers.0.self_attn.q_proj.u` or `model.norm.weight`, in any type, on any device. Called
-            once for each name.
+            once for each name, but for the empty `weight` of compressed linears.
         dtype: Type of the stored parameters.
         max_shard_size: Split the weights into files of at most this size, given as transformers has it
             (`5GB`); by default transformers' own default.
@@ -336,15 +346,21 @@ def write(
     config = AutoConfig.from_pretrained(dense, local_files_only=True, trust_remote_code=False)
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(f"{dense} is already quantized: its config.json has a quantization_config")
-    model = _unfilled(config, ranks, storage=storage, kept=kept, dtype=dtype)
+    quantization = AasvdConfig(
+        ranks=ranks, storage=storage, kept=kept, details={}, format_version=FORMAT_VERSION
+    )
+    model = _unfilled(config, quantization, dtype=dtype)
     # Not above: transformers' caches may be what is importing transformers, and so this module, just now.
     from aasvd import latents
 
     described = {**details, "cache_bytes_per_token": latents.summary(model)}
-    plain = json.loads(json.dumps(described, allow_nan=False))
-    model.config.quantization_config = AasvdConfig(
-        ranks=ranks, storage=storage, kept=kept, details=plain, format_version=FORMAT_VERSION
-    )
+    quantization.details = json.loads(json.dumps(described, allow_nan=False))
+    model.config.quantization_config = quantization
+    markers = {f"{name}.{MARKER}" for name in (*quantization.ranks, *quantization.kept)}
+
+    def stored(name: str) -> Tensor:
+        return torch.empty(0) if name in markers else tensor(name)
+
     model.config.architectures = [type(model).__name__]
     model.config.dtype = str(dtype).removeprefix("torch.")
     with _replacing_folder(output) as staging:
@@ -356,7 +372,7 @@ def write(
         for name in TOKENIZER_FILES:
             if (dense / name).exists():
                 shutil.copyfile(dense / name, staging / name)
-        _write_weights(model, folder=staging, tensor=tensor, max_shard_size=max_shard_size)
+        _write_weights(model, folder=staging, tensor=stored, max_shard_size=max_shard_size)
         lines = [f"{digest(path)}  {path.name}\n" for path in sorted(staging.iterdir())]
         (staging / CHECKSUMS).write_text("".join(lines))
 
@@ -408,7 +424,10 @@ def _write_weights(
     if max_shard_size is None:
         max_shard_size = inspect.signature(model.save_pretrained).parameters["max_shard_size"].default
     split = split_torch_state_dict_into_shards(
-        tensors, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
+        # `save_pretrained` keeps together what begins at the same address, as all empty tensors do.
+        {name: value if value.numel() else torch.empty(0) for name, value in tensors.items()},
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_shard_size,
     )
     with tqdm(total=len(tensors), desc="Writing tensors", unit="tensor") as progress:
 
@@ -454,6 +473,39 @@ def _check_stored(name: str, expected: Tensor, stored: StoredTensor) -> None:
         raise ValueError(
             f"{stored.file} holds {name} as {stored.dtype}: expected {TYPE_NAMES[expected.dtype]}"
         )
+
+
+def _check_type(folder: Path, stored: Mapping[str, StoredTensor]) -> None:
+    """Raise ValueError where config.json names a type that no weight is stored in."""
+    path = folder / "config.json"
+    named = json.loads(path.read_text()).get("dtype") if path.exists() else None
+    found = sorted({tensor.dtype for tensor in stored.values()} & {*_FLOATS})
+    types = {str(dtype).removeprefix("torch."): name for dtype, name in TYPE_NAMES.items()}
+    if named is not None and types.get(str(named), "") not in found:
+        raise ValueError(
+            f"{path} has the dtype {named!r}, but the weights beside it are stored as {', '.join(found)}; to "
+            "compute in another type, open the folder with from_pretrained(..., dtype=...)"
+        )
+
+
+def _checking_first(
+    read: Callable[..., Any], _class: object, arguments: tuple[Any, ...], keywords: dict[str, Any]
+) -> Any:
+    """Check config.json's `quantization_config` before transformers makes its configuration of the file.
+
+    No later place will do: transformers takes a model whose method it does not know for a dense one, and
+    believes everything else to be an object.
+
+    Raises:
+        ValueError: If it is no object, or one of ours that is malformed or has another method's name.
+    """
+    described = arguments[0] if arguments else keywords["config_dict"]
+    quantization = described.get("quantization_config")
+    if not isinstance(quantization, dict | QuantizationConfigMixin | None):
+        raise ValueError(f"config.json: quantization_config is {quantization!r}: expected an object")
+    if isinstance(quantization, dict) and {"format_version", "ranks", "storage"} <= quantization.keys():
+        AasvdConfig(**quantization)
+    return read(*arguments, **keywords)
 
 
 def _check_digests(folder: Path, weights: Sequence[Path]) -> None:

@@ -41,8 +41,8 @@ def merge(folder: Path, output: Path) -> None:
     config = folder / "config.json"
     if not config.exists():
         raise ValueError(f"{folder} has no config.json: expected the folder of a compressed checkpoint")
-    quantization = json.loads(config.read_text()).get("quantization_config") or {}
-    if quantization.get("quant_method") != METHOD:
+    quantization = json.loads(config.read_text()).get("quantization_config")
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != METHOD:
         raise ValueError(
             f"{folder} is not compressed by aasvd: its config.json has no such quantization_config"
         )

@@ -8,6 +8,7 @@ left out are stored in one way only (`aasvd.pruned`), whatever the format of the
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from aasvd.lowrank import CompressedLinear, LowRankLinear
@@ -23,6 +24,11 @@ FORMATS: dict[str, type[CompressedLinear]] = {
     "pivoted-int8": Int8PivotedLinear,
 }
 
+# An empty tensor beside those of each compressed linear in a checkpoint, named like a dense weight: who does
+# not know the format, or was told by a changed config.json that the model is dense, finds a weight of
+# the wrong shape there and stops, instead of only noting that one is absent and starting it at random.
+MARKER = "weight"
+
 
 def format_name(storage: str, precision: str) -> str:
     """Return the format of `compression.storage` and `compression.precision` in params.yaml."""
@@ -37,6 +43,7 @@ def replace_linears(
     *,
     storage: str,
     kept: Mapping[str, Sequence[int]] | None = None,
+    marked: bool = False,
 ) -> None:
     """Put an empty compressed layer in the place of each named linear of a model, in its type and device.
 
@@ -45,6 +52,7 @@ def replace_linears(
         ranks: Rank of each linear to factorize, by module name.
         storage: One of FORMATS.
         kept: Rows and columns that stay of each linear to prune, by module name.
+        marked: Give each layer its MARKER, as checkpoints have it.
 
     Raises:
         ValueError: If a name is not that of a linear of the model, its weight is tied to another module's,
@@ -81,5 +89,9 @@ def replace_linears(
             if isinstance(size, int)
             else PrunedLinear(linear.in_features, linear.out_features, size, **common)
         )
+        if marked:
+            layer.register_buffer(
+                MARKER, torch.empty(0, device=linear.weight.device, dtype=linear.weight.dtype)
+            )
         parent, _, leaf = name.rpartition(".")
         setattr(modules[parent], leaf, layer)

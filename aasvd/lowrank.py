@@ -45,8 +45,8 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 class CompressedLinear(nn.Module):
     """What every storage of a low-rank linear layer has in common.
 
-    The class is not an `nn.Linear` and holds no `weight`, so nothing that initialises or rewrites linears by
-    type touches its tensors.
+    The class is not an `nn.Linear` and holds no `weight` but a checkpoint's empty one (`formats.MARKER`), so
+    nothing that initialises or rewrites linears by type touches its tensors.
 
     Attributes:
         OVERHEAD: Stored tensors that are no numbers of the matrix: they cost bytes, but are no parameters.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from aasvd.checkpoint import METHOD, AasvdConfig
-from aasvd.formats import FORMATS
+from aasvd.formats import FORMATS, MARKER
 from aasvd.lowrank import product
 from aasvd.pivoted import outputs
 
@@ -80,18 +80,21 @@ class FusedLinear:
                 if rank is None
                 else self._format(inputs, rows, rank, bias=False, device="meta", dtype=dtype)
             )
-            for name, tensor in part.state_dict().items():
+            # vLLM's loaders look up a parameter for every tensor, also for a factored part's empty weight.
+            empty = {} if rank is None else {MARKER: torch.empty(0, dtype=dtype)}
+            for name, tensor in {**part.state_dict(), **empty}.items():
                 self._shapes.setdefault(name, {})[index] = tensor.shape
                 types[name] = tensor.dtype
         for name, shapes in self._shapes.items():
             numbers = sum(shape.numel() for shape in shapes.values())
-            size = (numbers // inputs, inputs) if name in (self._down, "weight") else (numbers,)
+            size = (numbers // inputs, inputs) if name in (self._down, MARKER) else (numbers,)
             # Integers too are parameters: vLLM's loaders look for no buffers.
             parameter = nn.Parameter(torch.empty(size, dtype=types[name]), requires_grad=False)
             # vLLM calls param.weight_loader(param, tensor[, part]).
             setattr(parameter, "weight_loader", self._loader(name))  # noqa: B010 (nn.Parameter has none)
             layer.register_parameter(name, parameter)
-            self._missing |= {(name, index) for index in shapes}
+            # A checkpoint of format version 1 has no empty weights.
+            self._missing |= {(name, index) for index, shape in shapes.items() if shape.numel()}
 
     def _loader(self, name: str) -> Callable[..., None]:
         def load(parameter: nn.Parameter, stored: Tensor, part: Any = None) -> None:
@@ -128,12 +131,16 @@ class FusedLinear:
         """Map x (..., in) to the outputs of all parts (..., Σ out)."""
         ranks = [rank for rank in self._ranks if rank is not None]
         latents = iter(torch.split(product(x, getattr(layer, self._down)), ranks, dim=-1))
-        others = [self._pieces(name, getattr(layer, name)) for name in self._shapes if name != self._down]
+        names = [name for name in self._shapes if name not in (self._down, MARKER)]
+        others = [self._pieces(name, getattr(layer, name)) for name in names]
+        dense = self._pieces(MARKER, getattr(layer, MARKER))
         biases = [None] * len(self._ranks) if bias is None else torch.split(bias, self._outputs)
         y = []
         for index, (rank, own) in enumerate(zip(self._ranks, biases, strict=True)):
-            weights = [pieces[index] for pieces in others if index in pieces]
-            y.append(product(x, weights[0], own) if rank is None else self._up(next(latents), *weights, own))
+            if rank is None:
+                y.append(product(x, dense[index], own))
+            else:
+                y.append(self._up(next(latents), *(pieces[index] for pieces in others), own))
         return y[0] if len(y) == 1 else torch.cat(y, dim=-1)
 
 

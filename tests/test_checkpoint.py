@@ -24,7 +24,7 @@ from transformers import (
 from aasvd import checkpoint, latents, weights
 from aasvd.artifacts import DamagedArtifactError
 from aasvd.blocks import skeleton
-from aasvd.formats import FORMATS
+from aasvd.formats import FORMATS, MARKER
 from aasvd.lowrank import CompressedLinear
 from aasvd.rank import stored_bytes, stored_parameters
 
@@ -90,6 +90,7 @@ class Written:
         self.ranks = dict.fromkeys(self.linears[keep_dense:], RANK)
         self.storage = storage
         self.state = pack(factor(self.model, self.ranks), self.ranks, storage, dtype)
+        self.markers = {f"{name}.{MARKER}": torch.empty(0) for name in self.ranks}
         if FORMATS[storage].OVERHEAD[-1:] == ("scales",):
             expand(self.model, self.ranks, storage, self.state)
         self.folder = folder / "model"
@@ -101,6 +102,7 @@ class Written:
             "tensor": self.tensor,
         }
         checkpoint.write(dense=self.dense, output=self.folder, details=DETAILS, **{**defaults, **arguments})
+        self.state |= self.markers
 
     def tensor(self, name: str) -> Tensor:
         self.asked.append(name)
@@ -189,7 +191,7 @@ def test_save_pretrained_gives_the_same_bytes(written: Written, tmp_path: Path) 
 def test_each_tensor_is_asked_for_once_and_stored(written: Written) -> None:
     stored = weights.stored_tensors([written.folder / "model.safetensors"])
     tied = written.model.all_tied_weights_keys
-    assert sorted(written.asked) == sorted(stored) == sorted(written.state.keys() - tied)
+    assert sorted([*written.asked, *written.markers]) == sorted(stored) == sorted(written.state.keys() - tied)
     with safe_open(written.folder / "model.safetensors", framework="pt") as file:
         assert all(torch.equal(file.get_tensor(name), written.state[name]) for name in stored)
 
@@ -310,7 +312,7 @@ def test_folder_holds_tokenizer_and_details_but_no_code(llama: Written) -> None:
     assert (llama.folder / tokenizer).read_bytes() == (llama.dense / tokenizer).read_bytes()
     assert json.loads((llama.folder / "config.json").read_text())["quantization_config"] == {
         "quant_method": "aasvd",
-        "format_version": 1,
+        "format_version": 2,
         "storage": "factors",
         "kept": {},
         "ranks": llama.ranks,
@@ -465,7 +467,12 @@ def test_importing_registers_in_any_order(first: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format_version": 2}, r"format_version is 2.*reads 1"),
+        ({"format_version": 3}, r"format_version is 3.*reads 1 and 2"),
+        ({"format_version": 1}, rf"holds 14 tensors that LlamaForCausalLM does not have, .*{MARKER}"),
+        ({"quant_method": "other"}, r"quantization_config\.quant_method is 'other': expected 'aasvd'"),
+        ({"quant_method": "fp8"}, r"quantization_config\.quant_method is 'fp8': expected 'aasvd'"),
+        ({"quant_method": ...}, r"quantization config .* has no `quant_method` attribute"),
+        ({"load_in_8bit": True}, r"unknown key 'load_in_8bit'"),
         ({"format_version": True}, r"format_version is True"),
         ({"format_version": ...}, r"format_version is None"),
         ({"storage": "zip"}, r"storage is 'zip': expected one of factors, pivoted"),
@@ -483,7 +490,7 @@ def test_importing_registers_in_any_order(first: str) -> None:
         ({"ranks": {"model.layers.9.mlp": 2}}, r"'model.layers.9.mlp', which LlamaForCausalLM does not have"),
         ({"ranks": {"model.norm": 2}}, r"'model.norm', .* has as LlamaRMSNorm"),
         ({"ranks": {"": 2}}, r"'', .* has as LlamaForCausalLM"),
-        ({"ranks": {}}, r"lacks 14 tensors of LlamaForCausalLM"),
+        ({"ranks": {}}, r"holds 28 tensors that LlamaForCausalLM does not have"),
         ({"details": []}, r"details is \[\]"),
     ],
 )
@@ -508,6 +515,21 @@ def test_missing_tensor(llama: Written, missing: str) -> None:
         load(llama.folder)
 
 
+def test_folders_of_the_first_format_open_and_are_saved_as_they_are(llama: Written, tmp_path: Path) -> None:
+    expected = load(llama.folder)(tokens()).logits
+    edit_tensors(llama.folder, lambda tensors: [tensors.pop(name) for name in llama.markers])
+    with pytest.raises(ValueError, match=r"lacks 14 tensors of LlamaForCausalLM"):
+        load(llama.folder)
+    edit_config(llama.folder, format_version=1)
+    (llama.folder / "SHA256SUMS").unlink()
+    model = load(llama.folder)
+    assert torch.equal(model(tokens()).logits, expected)
+    model.save_pretrained(tmp_path / "again")
+    again = weights.stored_tensors([tmp_path / "again" / "model.safetensors"])
+    assert sorted(again) == sorted(llama.asked)
+    assert torch.equal(load(tmp_path / "again")(tokens()).logits, expected)
+
+
 def test_missing_tied_tensor(tmp_path: Path) -> None:
     qwen2 = Written(tmp_path, "qwen2")
     edit_tensors(qwen2.folder, lambda tensors: tensors.pop("model.embed_tokens.weight"))
@@ -516,8 +538,14 @@ def test_missing_tied_tensor(tmp_path: Path) -> None:
 
 
 def test_unexpected_tensor(llama: Written) -> None:
+    edit_tensors(llama.folder, lambda tensors: tensors.update({f"{Q_PROJ}.w": torch.ones(32, 32)}))
+    with pytest.raises(ValueError, match=rf"holds 1 tensors that .* {Q_PROJ}\.w"):
+        load(llama.folder)
+
+
+def test_dense_weight_of_a_compressed_linear(llama: Written) -> None:
     edit_tensors(llama.folder, lambda tensors: tensors.update({f"{Q_PROJ}.weight": torch.ones(32, 32)}))
-    with pytest.raises(ValueError, match=rf"holds 1 tensors that .* {Q_PROJ}\.weight"):
+    with pytest.raises(ValueError, match=rf"{Q_PROJ}\.weight with shape \(32, 32\): the model has \(0,\)"):
         load(llama.folder)
 
 
@@ -663,7 +691,7 @@ def test_remains_of_a_killed_write_are_cleared(tmp_path: Path) -> None:
         ({"dtype": torch.float16, "scale": 1e6}, r"is not finite in torch\.float16"),
         ({"ranks": {"lm_head": 2}, "architecture": "qwen2"}, r"'lm_head', whose weight is tied"),
         ({"ranks": {Q_PROJ: 99}}, r"rank 99 of"),
-        ({"ranks": {Q_PROJ: 0}}, r"rank 0 of"),
+        ({"ranks": {Q_PROJ: 0}}, r"ranks\['.*'\] is 0: expected a positive integer"),
         ({"details": {"loss": float("nan")}}, r"not JSON compliant"),
     ],
 )

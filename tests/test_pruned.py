@@ -188,7 +188,7 @@ def test_what_is_counted_is_what_was_kept(written: Written) -> None:
     # What is gone is gone from the disk; places of rows and columns take four bytes each.
     places = 4 * sum(map(sum, written.kept.values()))
     gone = 4 * (parent["linears"] - counts["linears"]) - places
-    headers = 300 * len(written.kept)
+    headers = 400 * len(written.kept)
     assert abs((parent["bytes"] - counts["bytes"]) - gone) < headers
 
 
