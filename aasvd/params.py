@@ -37,7 +37,7 @@ VERSIONS = {
     "text": 1,
     "task": 1,
     "calibration": 5,
-    "compression": 5,
+    "compression": 6,
     "evaluation": 2,
     "positions": 1,
 }
