@@ -46,8 +46,10 @@ VERSIONS = {
 _NOT_IN_KEYS = {
     "calibration": {"batch", "keep_activations"},
     # What a method is called; what it does is in the other keys, so equal methods share their artifacts.
-    "compression": {"ratio", "method"},
+    "compression": {"ratio", "method", "keep_factors"},
 }
+# What is kept of artifacts that runs share: no run's own settings.
+_KEPT = {"calibration": "keep_activations", "compression": "keep_factors"}
 # Digests of sources: weights, and files larger than this, are sampled.
 _WEIGHTS, _WHOLE_BYTES = (".safetensors", ".gguf"), 1 << 30
 _SAMPLES, _SAMPLE_BYTES = 64, 1 << 14
@@ -128,11 +130,12 @@ def validate(config: Config) -> None:
     for place, section in overrides.items():
         if "ratio" in section.get("compression", {}):
             raise ValueError(f"params.yaml: {place}compression.ratio: the ratio is part of a run's name")
-        if "keep_activations" in section.get("calibration", {}):
-            raise ValueError(
-                f"params.yaml: {place}calibration.keep_activations: runs share activations, "
-                "so only calibration.keep_activations itself says whether they are kept"
-            )
+        for concern, key in _KEPT.items():
+            if key in section.get(concern, {}):
+                raise ValueError(
+                    f"params.yaml: {place}{concern}.{key}: runs share artifacts, "
+                    f"so only {concern}.{key} itself says whether they are kept"
+                )
         for name in section.get("methods", {}):
             choose(name, config["methods"], "method")
     if twice := sorted(set(config["methods"]) & set(config["variants"])):

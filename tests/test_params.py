@@ -209,6 +209,10 @@ def test_the_default_run_takes_model_and_ratio_from_params_and_shares_the_named_
             {"variants": {"lean": {"calibration": {"keep_activations": False}}}},
             r"variants\.lean\.calibration\.keep_activations: runs share",
         ),
+        (
+            {"variants": {"lean": {"compression": {"keep_factors": False}}}},
+            r"variants\.lean\.compression\.keep_factors: runs share",
+        ),
         ({"runs": ["default_paper"]}, r"runs\.0: 'default_paper' does not match"),
     ],
 )
@@ -480,6 +484,7 @@ ORIGINAL = COMPRESSED | {"calibration", "original"}
         ("calibration", "text", "lee-news", ORIGINAL),
         ("calibration", "batch", 3, set()),
         ("calibration", "keep_activations", False, set()),
+        ("compression", "keep_factors", False, set()),
         ("compression", "objective", "anchored", COMPRESSED),
         ("compression", "ridge", 0.1, COMPRESSED),
         ("compression", "storage", "factors", COMPRESSED),

@@ -214,6 +214,33 @@ def test_stages_side_by_side_make_the_same_bytes(finished_copy: Copy, tmp_path: 
     assert (copy.evaluation(f"{RUN}_uniform")["ratio"]["achieved"]) <= 0.6
 
 
+def test_a_run_that_keeps_no_tensors_makes_the_same_checkpoint(finished_copy: Copy, tmp_path: Path) -> None:
+    """Killed and gone on as well: what is deleted is what no stage needs any more."""
+    lean: dict[str, Any] = {
+        "calibration": {"keep_activations": False},
+        "compression": {"keep_factors": False},
+    }
+    copy = workflow_copy.create(tmp_path / "lean", **NO_TASKS, **lean)
+    target = ("--cores", "2", "--resources", "gpu=1", "--", f"results/{RUN}/eval.json")
+    process = copy.start("snakemake", *target)
+    wait_for(copy, "results/artifacts/compressed/tiny/*/*/block_001/solved.safetensors", process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    copy.snakemake("--unlock")
+    assert not {"fetch_model", "embed"} & set(finished(copy.must("snakemake", *target)))
+    checkpoint = f"results/{RUN}/model/model.safetensors"
+    assert copy.path(checkpoint).read_bytes() == finished_copy.path(checkpoint).read_bytes()
+    assert copy.evaluation()["perplexity"] == finished_copy.evaluation()["perplexity"]
+    blocks = "results/artifacts/compressed/tiny/*/*/block_*"
+    assert len(list(copy.folder.glob(f"{blocks}/refine.json"))) == BLOCKS
+    for name in ("solved", "refined", "shifted"):
+        assert not list(copy.folder.glob(f"{blocks}/{name}.safetensors"))
+    assert "Nothing to be done" in copy.must("snakemake", "--dry-run", *target)
+    # Another measurement asks for none of them again.
+    copy.change(evaluation={"windows": 1})
+    assert set(copy.planned(target[-1])) <= MEASURES | {"publish"}
+
+
 @pytest.mark.parametrize("at_a_time", [1, 2])
 def test_ctrl_c_leaves_whole_files_only(finished_copy: Copy, tmp_path: Path, at_a_time: int) -> None:
     copy = workflow_copy.create(tmp_path / "interrupted", **NO_TASKS)

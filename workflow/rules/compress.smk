@@ -11,6 +11,14 @@ def finished_factors(wildcards, block):
     return f"{paths.compressed}/block_{block:03d}/{'refined' if refinement['epochs'] else 'solved'}.safetensors"
 
 
+def factors(path):
+    """A block's factors are kept unless params.yaml says otherwise: a hundred runs take a hundred times their space.
+
+    Each is needed until the checkpoint is whole, so an interrupted run goes on all the same.
+    """
+    return path if config["compression"]["keep_factors"] else temp(path)
+
+
 def all_blocks(function):
     """An input function that gives a file for every block."""
     return lambda w: [ancient(function(w, block)) for block in range(blocks_of(run_of(w).model))]
@@ -73,7 +81,7 @@ rule solve_block:
             f"{run_of(w).settings['compression']['buckets']}.safetensors",
         ),
     output:
-        output=f"{COMPRESSED}/block_{{block}}/solved.safetensors",
+        output=factors(f"{COMPRESSED}/block_{{block}}/solved.safetensors"),
         record=f"{COMPRESSED}/block_{{block}}/solve.json",
     log:
         "logs/{model}/{calibration}/{compression}/solve_{block}.log",
@@ -100,7 +108,7 @@ rule refine_block:
         target=ancient(f"{ORIGINAL}/block_{{block}}/output.safetensors"),
         solved=ancient(f"{COMPRESSED}/block_{{block}}/solved.safetensors"),
     output:
-        output=f"{COMPRESSED}/block_{{block}}/refined.safetensors",
+        output=factors(f"{COMPRESSED}/block_{{block}}/refined.safetensors"),
         record=f"{COMPRESSED}/block_{{block}}/refine.json",
     log:
         "logs/{model}/{calibration}/{compression}/refine_{block}.log",
@@ -128,7 +136,7 @@ rule propagate:
         target=ancient(f"{ORIGINAL}/block_{{block}}/output.safetensors"),
         factors=lambda w: ancient(finished_factors(w, int(w.block))),
     output:
-        output=maybe_temp(f"{COMPRESSED}/block_{{block}}/shifted.safetensors"),
+        output=activations(f"{COMPRESSED}/block_{{block}}/shifted.safetensors"),
         record=f"{COMPRESSED}/block_{{block}}/propagate.json",
     log:
         "logs/{model}/{calibration}/{compression}/propagate_{block}.log",

@@ -1,4 +1,4 @@
-def maybe_temp(path):
+def activations(path):
     """Activations are kept unless params.yaml says otherwise.
 
     Without them a lost artifact costs more: Snakemake remakes the activations from the first block on, and
@@ -49,7 +49,7 @@ rule embed:
         source=lambda w: ancient(dense_source(w)),
         tokens=ancient(f"{CALIBRATION}/tokens.parquet"),
     output:
-        output=maybe_temp(f"{ORIGINAL}/embedded.safetensors"),
+        output=activations(f"{ORIGINAL}/embedded.safetensors"),
         record=f"{ORIGINAL}/embed.json",
     log:
         "logs/{model}/{calibration}/embed.log",
@@ -65,7 +65,7 @@ rule capture_block:
         source=lambda w: ancient(dense_source(w)),
         inputs=lambda w: ancient(original_input(w, int(w.block))),
     output:
-        outputs=maybe_temp(f"{ORIGINAL}/block_{{block}}/output.safetensors"),
+        outputs=activations(f"{ORIGINAL}/block_{{block}}/output.safetensors"),
         covariances=f"{ORIGINAL}/block_{{block}}/covariances.safetensors",
         record=f"{ORIGINAL}/block_{{block}}/capture.json",
     log:
@@ -87,7 +87,7 @@ rule differentiate_head:
         tokens=ancient(f"{CALIBRATION}/tokens.parquet"),
         hidden=lambda w: ancient(original_input(w, blocks_of(w.model))),
     output:
-        gradient=maybe_temp(f"{ORIGINAL}/gradient.safetensors"),
+        gradient=activations(f"{ORIGINAL}/gradient.safetensors"),
         record=f"{ORIGINAL}/differentiate.json",
     log:
         "logs/{model}/{calibration}/differentiate_head.log",
@@ -106,7 +106,7 @@ rule differentiate_block:
         inputs=lambda w: ancient(original_input(w, int(w.block))),
         upstream=lambda w: ancient(upstream_gradient(w, int(w.block))),
     output:
-        gradient=maybe_temp(f"{ORIGINAL}/block_{{block}}/gradient.safetensors"),
+        gradient=activations(f"{ORIGINAL}/block_{{block}}/gradient.safetensors"),
         statistics=f"{ORIGINAL}/block_{{block}}/gradients.safetensors",
         record=f"{ORIGINAL}/block_{{block}}/differentiate.json",
     log:
