@@ -23,7 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from aasvd.params import failure_file
+from aasvd.layout import failure_file
 
 _SAFETENSORS_NAMES = {
     torch.float64: "F64",

@@ -29,7 +29,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from aasvd import evaluate, params, refine
+from aasvd import evaluate, layout, params, refine
 from aasvd.device import compute_dtype
 
 REPOSITORY = Path(__file__).parent.parent
@@ -222,7 +222,7 @@ def benchmark(repository_config: Mapping[str, Any], name: str) -> dict[str, Any]
 def dense_model(repository_config: Mapping[str, Any]) -> Path:
     """Return the folder of the dense SmolLM2-135M, fetched where it is not there yet."""
     with workspace(DOWNLOADS, SOURCES) as folder:
-        source = params.model_folder(repository_config, "smollm2-135m") / "source.json"
+        source = layout.model_folder(repository_config, "smollm2-135m") / "source.json"
         run_workflow(folder, repository_config, [str(source)])
     return REPOSITORY / source.parent / "dense"
 

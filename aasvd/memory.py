@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from aasvd import params
+from aasvd import layout, params
 from aasvd.artifacts import read_json
 from aasvd.device import compute_device, process_memory
 from aasvd.evaluate import MeasurementError
@@ -128,7 +128,7 @@ def plan(
         if ratio is not None:
             made = max(compressed, default=0.6) if ratio == 1 else ratio
             entry["run"] = f"{model}_r{made:g}"
-            paths = params.Paths(config, params.parse_run(config, entry["run"]))
+            paths = layout.Paths(config, params.parse_run(config, entry["run"]))
             subject = paths.dense_evaluation if ratio == 1 else paths.evaluation
             entry["measured"] = str(subject / f"memory_bfloat16_{context}.json")
         entries.append(entry)

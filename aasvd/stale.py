@@ -4,7 +4,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from aasvd import params
+from aasvd import layout, params
 
 
 def stale(config: params.Config) -> list[Path]:
@@ -18,18 +18,18 @@ def stale(config: params.Config) -> list[Path]:
         if not _is_run(config, name):
             continue
         run = params.parse_run(config, name)
-        paths = params.Paths(config, run)
+        paths = layout.Paths(config, run)
         current |= {paths.calibration, paths.original, paths.compressed, paths.evaluation}
         current.add(paths.dense_evaluation)
         # What is fetched does not depend on the number of blocks.
-        fetched = params.phase_targets(config, run, "fetch", blocks=lambda: 0)
+        fetched = layout.phase_targets(config, run, "fetch", blocks=lambda: 0)
         current |= {Path(file).parent for file in fetched}
     folders = [
-        *params.ARTIFACTS.glob("sources/*/*/*"),
-        *params.ARTIFACTS.glob("calibration/*/*"),
-        *params.ARTIFACTS.glob("original/*/*"),
-        *params.ARTIFACTS.glob("compressed/*/*/*"),
-        *params.ARTIFACTS.glob("evaluation/*/*/*"),
+        *layout.ARTIFACTS.glob("sources/*/*/*"),
+        *layout.ARTIFACTS.glob("calibration/*/*"),
+        *layout.ARTIFACTS.glob("original/*/*"),
+        *layout.ARTIFACTS.glob("compressed/*/*/*"),
+        *layout.ARTIFACTS.glob("evaluation/*/*/*"),
     ]
     return sorted(folder for folder in folders if folder.is_dir() and folder not in current)
 

@@ -4,7 +4,7 @@ import logging
 import os
 from pathlib import Path
 
-from aasvd import params
+from aasvd import layout, params
 
 _logger = logging.getLogger(__name__)
 
@@ -12,15 +12,15 @@ _logger = logging.getLogger(__name__)
 def finished_phases(config: params.Config) -> list[str]:
     """Return the phases of which every file of every run in params.yaml is there and holds a result."""
     runs = [params.parse_run(config, name) for name in config["runs"]]
-    return [phase for phase in params.PHASES if all(_finished(config, run, phase) for run in runs)]
+    return [phase for phase in layout.PHASES if all(_finished(config, run, phase) for run in runs)]
 
 
 def _finished(config: params.Config, run: params.Run, phase: str) -> bool:
-    outline = params.Paths(config, run).model / "outline.json"
+    outline = layout.Paths(config, run).model / "outline.json"
     if not outline.exists():
         return False
-    files = params.phase_targets(config, run, phase, blocks=lambda: params.block_count(str(outline)))
-    return all(Path(file).exists() and not params.failure_file(file).exists() for file in files)
+    files = layout.phase_targets(config, run, phase, blocks=lambda: layout.block_count(str(outline)))
+    return all(Path(file).exists() and not layout.failure_file(file).exists() for file in files)
 
 
 def commit() -> list[str]:
@@ -43,7 +43,7 @@ def commit() -> list[str]:
     published = [
         f"publish@{name}"
         for name in config["runs"]
-        if phases == list(params.PHASES) and _published(config, params.parse_run(config, name))
+        if phases == list(layout.PHASES) and _published(config, params.parse_run(config, name))
     ]
     with Repo() as repo:
         for name in [*phases, *published]:
@@ -54,4 +54,4 @@ def commit() -> list[str]:
 
 def _published(config: params.Config, run: params.Run) -> bool:
     folder = Path("results") / run.name
-    return (folder / "eval.json").exists() and params.is_published(run, params.Paths(config, run))
+    return (folder / "eval.json").exists() and layout.is_published(run, layout.Paths(config, run))

@@ -1,3 +1,4 @@
+import copy
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -5,8 +6,29 @@ from pathlib import Path
 import pytest
 import workflow_copy
 from architectures import tiny_model
+from shipped import Config, shipped
 from stored import Stored, store
 from workflow_copy import Copy
+
+
+@pytest.fixture
+def config() -> Config:
+    return copy.deepcopy(shipped())
+
+
+@pytest.fixture
+def local(config: Config, tmp_path: Path) -> Config:
+    """The shipped settings with a model, a text and a task that lie in local files."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model.safetensors").write_bytes(bytes(range(256)) * 8)
+    (tmp_path / "notes.txt").write_text("some words")
+    (tmp_path / "piqa.jsonl").write_text("{}\n")
+    config["models"]["mine"] = {"path": str(tmp_path / "model")}
+    config["texts"]["notes"] = {"path": str(tmp_path / "notes.txt")}
+    config["calibration"]["text"] = "notes"
+    config["evaluation"] |= {"texts": ["notes"], "tasks": ["piqa"]}
+    config["data_dir"] = str(tmp_path)
+    return config
 
 
 @pytest.fixture(scope="session")

@@ -15,6 +15,8 @@ MODULES = [path for path in sorted(FOLDER.rglob("*.py")) if path != FOLDER / "__
 ORDER = [
     "methods",
     "params",
+    "identity",
+    "layout",
     "artifacts",
     "device",
     "provenance",

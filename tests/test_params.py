@@ -1,55 +1,15 @@
 import copy
-import functools
 import itertools
-import json
-import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from shipped import Config, paths, where
 
-from aasvd import methods, params
+from aasvd import layout, methods, params
 from aasvd.rank import uniform_rank
-
-ROOT = Path(__file__).parent.parent
-Config = dict[str, Any]
-
-
-@functools.cache
-def shipped() -> Config:
-    loaded = yaml.safe_load((ROOT / "params.yaml").read_text())
-    assert isinstance(loaded, dict)
-    return loaded
-
-
-@pytest.fixture
-def config() -> Config:
-    return copy.deepcopy(shipped())
-
-
-@pytest.fixture
-def local(config: Config, tmp_path: Path) -> Config:
-    """The shipped settings with a model, a text and a task that lie in local files."""
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "model.safetensors").write_bytes(bytes(range(256)) * 8)
-    (tmp_path / "notes.txt").write_text("some words")
-    (tmp_path / "piqa.jsonl").write_text("{}\n")
-    config["models"]["mine"] = {"path": str(tmp_path / "model")}
-    config["texts"]["notes"] = {"path": str(tmp_path / "notes.txt")}
-    config["calibration"]["text"] = "notes"
-    config["evaluation"] |= {"texts": ["notes"], "tasks": ["piqa"]}
-    config["data_dir"] = str(tmp_path)
-    return config
-
-
-def paths(config: Config, run: str = "mine_r0.6") -> params.Paths:
-    return params.Paths(config, params.parse_run(config, run))
-
-
-def where(found: params.Paths) -> dict[str, Path]:
-    return {name: value for name, value in vars(found).items() if isinstance(value, Path)}
 
 
 def schema_properties(node: Any, place: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -171,7 +131,7 @@ def test_a_line_makes_a_new_objective_or_allocation_known(
     monkeypatch.setitem(methods.ALLOCATIONS, "fair", methods.Piece(("spectra",)))
     params.validate(config)
     run = params.parse_run(config, "llama7b_r0.6_new_norefine")
-    assert (params.block_stages(run), params.measures(run)) == (["solve", "propagate"], ["spectra"])
+    assert (layout.block_stages(run), params.measures(run)) == (["solve", "propagate"], ["spectra"])
 
 
 def test_a_missing_key_is_named(config: Config) -> None:
@@ -467,55 +427,6 @@ def test_a_comparison_names_what_there_is(config: Config, kind: str, name: str, 
         params.validate(config)
 
 
-# --- keys -------------------------------------------------------------------------------------------------
-
-# What moves when a setting changes; everything else has to stay where it is.
-COMPRESSED = {"compressed", "checkpoint", "evaluation"}
-ORIGINAL = COMPRESSED | {"calibration", "original"}
-
-
-@pytest.mark.parametrize(
-    ("section", "key", "value", "moved"),
-    [
-        ("calibration", "sequences", 7, ORIGINAL),
-        ("calibration", "tokens", 7, ORIGINAL),
-        ("calibration", "sampling", "sequential", ORIGINAL),
-        ("calibration", "dtype", "bfloat16", ORIGINAL),
-        ("calibration", "text", "lee-news", ORIGINAL),
-        ("calibration", "batch", 3, set()),
-        ("calibration", "keep_activations", False, set()),
-        ("compression", "keep_factors", False, set()),
-        ("compression", "objective", "anchored", COMPRESSED),
-        ("compression", "ridge", 0.1, COMPRESSED),
-        ("compression", "storage", "factors", COMPRESSED),
-        ("compression", "precision", "int8", COMPRESSED),
-        ("compression", "blend", 0.1, set()),
-        ("compression", "buckets", 7, set()),
-        ("compression", "probe", 7, set()),
-        ("compression", "dobi", {"epochs": 7}, set()),
-        ("compression", "ranks_file", "nowhere", set()),
-        ("compression", "allocation", "uniform", COMPRESSED),
-        ("post", "rank", 3, set()),
-        ("refinement", "epochs", 3, COMPRESSED),
-        ("refinement", "batch", 3, COMPRESSED),
-        ("refinement", "learning_rate", 0.5, COMPRESSED),
-        ("refinement", "weight_decay", 0.5, COMPRESSED),
-        ("refinement", "clip", 0.5, COMPRESSED),
-        ("refinement", "shuffle", False, COMPRESSED),
-        ("evaluation", "texts", ["lee-news"], set()),
-        ("evaluation", "window", 7, set()),
-        ("evaluation", "batch", 3, set()),
-    ],
-)
-def test_a_setting_moves_exactly_what_it_determines(
-    local: Config, section: str, key: str, value: Any, moved: set[str]
-) -> None:
-    before = paths(local)
-    local[section][key] = value
-    after = paths(local)
-    assert {name for name, path in where(after).items() if path != where(before)[name]} == moved
-
-
 def test_a_method_is_composed_of_overrides(config: Config) -> None:
     run = params.parse_run(config, "llama7b_r0.6_saes-svd")
     own = {"objective": "saes", "allocation": "uniform", "storage": "factors"}
@@ -541,7 +452,7 @@ def test_every_shipped_method_makes_a_run(config: Config) -> None:
                 continue  # another objective, allocation or storage is another method
             run = params.parse_run(config, name)
             assert run.settings["compression"]["method"] == method
-            assert params.block_stages(run)[0] == "solve"
+            assert layout.block_stages(run)[0] == "solve"
 
 
 def test_values_inside_a_mapping_on_the_command_line_are_read_as_yaml(local: Config) -> None:
@@ -586,27 +497,6 @@ def test_an_integer_is_not_written_with_an_exponent(local: Config) -> None:
         params.validate(local)
 
 
-def test_methods_that_do_the_same_share_their_artifacts(local: Config) -> None:
-    compression = {"objective": "input_aware", "allocation": "uniform", "storage": "factors"}
-    local["variants"]["plain"] = {"compression": compression, "refinement": {"epochs": 0}}
-    same = [where(paths(local, f"mine_r0.6_{name}")) for name in ("drone", "svd-llm-w", "aasvd_plain")]
-    assert same[0] == same[1] == same[2]
-
-
-def test_only_shifted_or_refined_blocks_are_passed_through(config: Config) -> None:
-    for name, expected in {
-        "svd-llm-w": ["solve"],
-        "norefine": ["solve"],
-        "dobi-svd": ["solve", "propagate"],
-        "svd_refine": ["solve", "refine", "propagate"],
-        "anchored_norefine": ["solve", "propagate"],
-        "shortgpt": ["solve"],
-        "blockpruner_refine": ["solve", "refine", "propagate"],
-        "wanda-sp": ["solve", "propagate"],
-    }.items():
-        assert params.block_stages(params.parse_run(config, f"llama7b_r0.6_{name}")) == expected
-
-
 @pytest.mark.parametrize(
     ("compression", "message"),
     [
@@ -635,402 +525,13 @@ def test_pruning_goes_with_what_is_stored_as_pruned(
         params.parse_run(config, "llama7b_r0.6_odd")
 
 
-def test_an_order_of_removal_is_one_file_for_all_ratios(local: Config) -> None:
-    runs = [params.parse_run(local, f"mine_r{ratio}_blockpruner") for ratio in (0.4, 0.8)]
-    files = [params.measure_files(run, blocks=3) for run in runs]
-    assert files[0] == files[1] == {"removal-4": ["measures/removal-4.safetensors"]}
-    assert params.original_files(runs[0]) == {"covariances.safetensors": "capture.json"}
-    found = params.phase_targets(local, runs[0], "capture", blocks=lambda: 3)
-    assert [Path(file).name for file in found].count("removal-4.safetensors") == 1
-    local["methods"]["blockpruner"]["compression"]["probe"] = 2
-    other = params.parse_run(local, "mine_r0.4_blockpruner")
-    assert params.measures(other) == ["removal-2"]
-    by_block = params.measure_files(params.parse_run(local, "mine_r0.4_shortgpt"), blocks=2)
-    assert by_block == {"profile": [f"block_00{block}/measures/profile.safetensors" for block in range(2)]}
-
-
-def test_ranks_of_a_file_count_by_its_content(local: Config, tmp_path: Path) -> None:
-    local["compression"] |= {"allocation": "file", "ranks_file": str(tmp_path / "ranks.json")}
-    with pytest.raises(ValueError, match=r"ranks_file .*ranks\.json' is no file"):
-        paths(local)
-    (tmp_path / "ranks.json").write_text("{}")
-    before = paths(local).compressed
-    (tmp_path / "ranks.json").write_text('{"a": 1}')
-    assert paths(local).compressed != before
-
-
-def test_trained_positions_are_shared_by_what_is_trained_alike(local: Config) -> None:
-    def file(run: str) -> Path | None:
-        return paths(local, f"mine_{run}").positions
-
-    local["variants"]["longer"] = {"compression": {"dobi": {"epochs": 30}}}
-    local["variants"]["pivoted"] = {"compression": {"storage": "pivoted"}}
-    trained = file("r0.6_dobi-svd-trained")
-    assert trained is not None
-    assert trained.is_relative_to(paths(local).original)
-    assert file("r0.6_dobi-svd") is None
-    # Neither refinement nor the objective matters to the training; ratio, cost of a rank and recipe do.
-    assert file("r0.6_dobi-svd-trained_refine") == trained
-    local["variants"]["other"] = {"compression": {"objective": "input_aware"}}
-    assert file("r0.6_dobi-svd-trained_other") == trained
-    others = [file(f"r{run}") for run in ("0.5_dobi-svd-trained", "0.6_dobi-svd-trained_longer")]
-    others += [file("r0.6_dobi-svd-trained_pivoted")]
-    assert len({trained, *others}) == 4
-    # An override of one setting leaves the others.
-    longer = params.parse_run(local, "mine_r0.6_dobi-svd-trained_longer").settings["compression"]
-    assert longer["dobi"] == local["compression"]["dobi"] | {"epochs": 30}
-    found = params.find_run(
-        local, model="mine", calibration=paths(local).calibration.name, positions=trained.stem
-    )
-    assert params.Paths(local, found).positions == trained
-    with pytest.raises(ValueError, match=r"positions key r0\.6-0000000000 for model mine"):
-        params.find_run(
-            local, model="mine", calibration=paths(local).calibration.name, positions="r0.6-0000000000"
-        )
-
-
-def test_settings_of_training_move_the_ranks_and_what_follows(
-    local: Config, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    name = "mine_r0.6_dobi-svd-trained"
-    before = where(paths(local, name))
-    local["compression"]["dobi"]["penalty"] = 20.0
-    changed = where(paths(local, name))
-    assert {key for key in before if before[key] != changed[key]} == {*COMPRESSED, "positions"}
-    monkeypatch.setitem(params.VERSIONS, "positions", params.VERSIONS["positions"] + 1)
-    newer = where(paths(local, name))
-    assert {key for key in before if changed[key] != newer[key]} == {*COMPRESSED, "positions"}
-    files = params.phase_targets(local, params.parse_run(local, name), "capture", blocks=lambda: 1)
-    assert str(newer["positions"]) in files
-
-
-def test_a_post_step_has_a_checkpoint_of_its_own(local: Config) -> None:
-    local["compression"]["storage"] = "factors"
-    before = paths(local).compressed
-    local["post"]["epochs"] = 3
-    assert paths(local).compressed != before
-    local["post"]["epochs"] = 0
-    assert paths(local, "mine_r0.6_svd-llm").checkpoint.name == "adapted"
-    assert paths(local, "mine_r0.6_svd-llm-w").checkpoint.name == "model"
-
-
-def test_blend_counts_where_it_is_used(local: Config) -> None:
-    local["compression"]["objective"] = "blended"
-    before = paths(local)
-    local["compression"]["blend"] = 0.1
-    assert paths(local).compressed != before.compressed
-
-
-def test_refinement_settings_do_not_count_where_it_is_off(local: Config) -> None:
-    local["refinement"]["epochs"] = 0
-    before = paths(local)
-    local["refinement"]["learning_rate"] = 0.5
-    assert paths(local).compressed == before.compressed
-
-
-def test_seed_and_ratio_move_what_they_determine(local: Config) -> None:
-    before = paths(local)
-    assert paths(local, "mine_r0.5").original == before.original
-    assert paths(local, "mine_r0.5").compressed != before.compressed
-    assert paths(local, "mine_r0.5").dense_evaluation == before.dense_evaluation
-    local["seed"] = 1
-    assert paths(local).original != before.original
-
-
-@pytest.mark.parametrize(
-    ("key", "value", "changed"),
-    [
-        ("window", 7, {"perplexity"}),
-        ("windows", 7, {"perplexity"}),
-        ("limit", 7, {"accuracy"}),
-        ("batch", 7, set()),
-    ],
-)
-def test_an_evaluation_setting_renames_only_its_measurements(
-    local: Config, key: str, value: int, changed: set[str]
-) -> None:
-    before = paths(local).measurements()
-    local["evaluation"][key] = value
-    after = paths(local).measurements()
-    assert {new.split("_")[0] for old, new in zip(before, after, strict=True) if old != new} == changed
-
-
 def test_remapped_is_eight_bits_already(config: Config) -> None:
     config["variants"]["both"] = {"compression": {"storage": "remapped", "precision": "int8"}}
     with pytest.raises(ValueError, match=r"int8 does not go with .*remapped"):
         params.parse_run(config, f"{min(config['models'])}_r0.6_both")
 
 
-@pytest.mark.parametrize("kind", ["model", "text", "task", "calibration", "compression", "evaluation"])
-def test_a_format_version_moves_its_artifacts(
-    local: Config, kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def everything() -> dict[str, object]:
-        found = paths(local)
-        return {
-            **where(found),
-            "text": params.text_file(local, "notes", "train"),
-            "task": params.task_file(local, "piqa"),
-            "measurements": found.measurements(),
-        }
-
-    before = everything()
-    monkeypatch.setitem(params.VERSIONS, kind, params.VERSIONS[kind] + 1)
-    after = everything()
-    own = {"evaluation": "measurements", "compression": "compressed"}.get(kind, kind)
-    assert before[own] != after[own]
-
-
-@pytest.mark.parametrize(("file", "moved"), [("model/model.safetensors", "model"), ("notes.txt", "text")])
-def test_other_bytes_in_a_local_source_are_another_source(
-    local: Config, tmp_path: Path, file: str, moved: str
-) -> None:
-    def folder() -> Path:
-        return paths(local).model if moved == "model" else params.text_file(local, "notes", "train")
-
-    before, original = folder(), paths(local).original
-    (tmp_path / file).write_bytes(b"x" + (tmp_path / file).read_bytes()[1:])
-    assert folder() != before
-    assert paths(local).original != original
-
-
-def test_rows_of_a_task_count_by_their_content(local: Config, tmp_path: Path) -> None:
-    before = params.task_file(local, "piqa")
-    (tmp_path / "piqa.jsonl").write_text('{"goal": ""}\n')
-    assert params.task_file(local, "piqa") != before
-    assert params.task_file(local, "winogrande") == params.task_file(local | {"data_dir": ""}, "winogrande")
-
-
-def test_content_is_sampled_all_over_large_weights(tmp_path: Path) -> None:
-    file = tmp_path / "large.safetensors"
-    file.write_bytes(bytes(4 << 20))
-    before = params._content({"path": str(file)})
-    for start in range(0, 4 << 20, 1 << 16):  # any sixteenth of a megabyte that is written anew shows
-        with file.open("r+b") as stream:
-            stream.seek(start)
-            stream.write(b"\1" * (1 << 16))
-        assert params._content({"path": str(file)}) != before
-        file.write_bytes(bytes(4 << 20))
-
-
-@pytest.mark.parametrize("name", ["corpus.txt", "rows.jsonl", "ranks.json"])
-def test_every_byte_of_other_files_counts(tmp_path: Path, name: str) -> None:
-    file = tmp_path / name
-    file.write_bytes(bytes(4 << 20))
-    before = params._content({"path": str(file)})
-    for place in range(40_000, 4 << 20, 500_000):
-        with file.open("r+b") as stream:
-            stream.seek(place)
-            stream.write(b"\1")
-        assert params._content({"path": str(file)}) != before, place
-        file.write_bytes(bytes(4 << 20))
-
-
-def test_hidden_files_beside_a_model_are_no_part_of_it(local: Config, tmp_path: Path) -> None:
-    before = paths(local).model
-    for name in (".git/index", ".cache/huggingface/x.lock", ".DS_Store"):
-        (tmp_path / "model" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "model" / name).write_text("x")
-        assert paths(local).model == before, name
-    (tmp_path / "model" / "config.json").write_text("{}")
-    assert paths(local).model != before
-
-
-def test_sources_below_the_home_folder_count_by_their_content(
-    local: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "wikitext2").mkdir()
-    (tmp_path / "ranks.json").write_text("{}")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    local["models"]["mine"] = {"path": "~/model"}
-    local["texts"]["notes"] = {"path": "~/notes.txt"}
-    local["data_dir"] = "~"
-    local["compression"] |= {"allocation": "file", "ranks_file": "~/ranks.json"}
-
-    def compression() -> object:
-        return params.compression_ingredients(local, params.parse_run(local, "mine_r0.6"))["compression"]
-
-    made_from = {
-        "model/model.safetensors": lambda: params.model_folder(local, "mine"),
-        "notes.txt": lambda: params.text_file(local, "notes", "train"),
-        "wikitext2/train.txt": lambda: params.text_file(local, "wikitext2", "train"),
-        "piqa.jsonl": lambda: params.task_file(local, "piqa"),
-        "ranks.json": compression,
-    }
-    for name, made in made_from.items():
-        before = made()
-        (tmp_path / name).write_text(f"another {name}")
-        assert made() != before, name
-
-
-def test_keys_do_not_depend_on_the_order_of_settings() -> None:
-    keys = {
-        params.key_of(dict(order)) for order in itertools.permutations([("a", 1), ("b", [2]), ("c", None)])
-    }
-    (key,) = keys
-    assert len(key) == 10 and int(key, 16) >= 0
-
-
-def test_runs_are_found_again_by_their_keys(local: Config) -> None:
-    for name in (
-        "mine_r0.6",
-        "mine_r0.55",
-        "mine_r0.6666667",
-        "mine_r0.00001234567",
-        "mine_r0.6_norefine",
-        "mine_r0.6_anchored",
-        "mine_r0.6_saes-svd",
-        "mine_r0.6_saes-svd_refine",
-        "mine_r0.6_anchored_norefine",
-    ):
-        made = paths(local, name)
-        found = params.find_run(
-            local, model="mine", calibration=made.calibration.name, compression=made.compressed.name
-        )
-        assert where(params.Paths(local, found)) == where(made), name
-        wanted = params.parse_run(local, name).settings["compression"]
-        # Methods that do the same share their artifacts, whatever they are called.
-        assert {**found.settings["compression"], "method": ""} == {**wanted, "method": ""}
-    for measurement in made.measurements():
-        found = params.find_measurement(local, model="mine", measurement=measurement.removesuffix(".json"))
-        assert measurement in params.Paths(local, found).measurements()
-
-
-def test_names_that_no_run_can_have_do_not_hide_the_runs_behind_them(local: Config) -> None:
-    variants = {
-        "eight": {"compression": {"precision": "int8"}},
-        "remapped": {"compression": {"storage": "remapped"}},
-        "seven": {"seed": 7},
-        "eager": {"compression": {"ridge": 0.125}},
-    }
-    config = {**local, "variants": variants}
-    with pytest.raises(ValueError, match="int8 does not go with"):
-        params.parse_run(config, "mine_r0.6_eight_remapped")
-    run = params.parse_run(config, "mine_r0.6_seven_eager")
-    made = params.Paths(config, run)
-    found = params.find_run(
-        config, model="mine", calibration=made.calibration.name, compression=made.compressed.name
-    )
-    assert found.settings == run.settings
-
-
-def test_keys_of_other_parameters_are_refused(local: Config) -> None:
-    made = paths(local)
-    with pytest.raises(ValueError, match=r"made with other parameters \(see key\.json"):
-        params.find_run(local, model="mine", calibration="0" * 10)
-    with pytest.raises(ValueError, match=r"compression key r0\.6-0000000000"):
-        params.find_run(
-            local, model="mine", calibration=made.calibration.name, compression="r0.6-" + "0" * 10
-        )
-    with pytest.raises(ValueError, match=r"no run of today.s params\.yaml makes the measurement"):
-        params.find_measurement(local, model="mine", measurement="perplexity_notes-0")
-
-
-# --- phases and publication -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("phase", params.PHASES)
-def test_the_files_of_a_phase_lie_in_the_outputs_of_its_dvc_stage(local: Config, phase: str) -> None:
-    stage = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"][phase]
-    outputs = [path for out in stage["outs"] for path in out]
-    assert all(out[path]["persist"] for out in stage["outs"] for path in out)
-    files = params.phase_targets(local, params.parse_run(local, "mine_r0.6"), phase, blocks=lambda: 3)
-    assert files
-    for file in files:
-        assert any(Path(file).is_relative_to(output) for output in outputs), file
-
-
-def test_published_files_lie_in_the_outputs_of_their_dvc_stage() -> None:
-    stage = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]["publish"]["do"]
-    outputs = {path for kind in ("outs", "metrics", "plots") for out in stage[kind] for path in out}
-    assert outputs == {
-        f"results/${{item}}/{name}"
-        for name in ("model", "results.html", "eval.json", "figures/distortion.svg", "blocks.json")
-    }
-
-
-def test_dvc_stages_watch_parameters_that_exist(config: Config) -> None:
-    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
-    assert list(stages) == [*params.PHASES, "publish"]
-    for name, stage in stages.items():
-        for key in stage.get("do", stage)["params"]:
-            section, _, inner = key.partition(".")
-            assert not inner or inner in config[section], f"{name}: {key}"
-            assert section in config, f"{name}: {key}"
-    # Artifacts of all parameters lie side by side: what a run's numbers are made from, only parameters say.
-    for stage in (stages["evaluate"], stages["publish"]["do"]):
-        assert {*stage["params"], "runs", "comparison", "comparisons"} == set(config)
-
-
-def test_only_the_files_of_early_phases_need_no_number_of_blocks(local: Config) -> None:
-    def unknown() -> int:
-        raise AssertionError("asked for the number of blocks")
-
-    run = params.parse_run(local, "mine_r0.6")
-    for phase in ("fetch", "sample", "evaluate"):
-        params.phase_targets(local, run, phase, blocks=unknown)
-    with pytest.raises(AssertionError):
-        params.phase_targets(local, run, "compress", blocks=unknown)
-
-
-def test_a_run_is_published_as_long_as_its_keys_are_todays(
-    local: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-
-    def published() -> bool:
-        run = params.parse_run(local, "mine_r0.6")
-        return params.is_published(run, params.Paths(local, run))
-
-    assert published()  # nothing is out of date where nothing is
-    file = Path("results/mine_r0.6/eval.json")
-    file.parent.mkdir(parents=True)
-    file.write_text(json.dumps({"provenance": {"keys": paths(local).publication()}}))
-    assert published()
-    for change in (
-        {"refinement": {"epochs": 1}},
-        {"evaluation": {"limit": 1}},
-        {"calibration": {"tokens": 2}},
-    ):
-        ((section, changed),) = change.items()
-        kept = dict(local[section])
-        local[section].update(changed)
-        assert not published(), section
-        local[section].update(kept)
-    assert published()
-
-
-def test_published_runs_are_those_whose_checkpoint_is_todays(
-    local: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Whatever was measured of it; other ratios, and names that params.yaml does not know, do not count."""
-    monkeypatch.chdir(tmp_path)
-    for name in ("mine_r0.6", "mine_r0.6_svd", "mine_r0.6_svd_refine", "mine_r0.8"):
-        file = Path("results") / name / "eval.json"
-        file.parent.mkdir(parents=True)
-        file.write_text(json.dumps({"provenance": {"keys": paths(local, name).publication()}}))
-    shutil.copytree("results/mine_r0.6", "results/mine_r0.6_unknown")
-    assert set(params.published_runs(local, "mine", "0.6")) == {
-        *("mine_r0.6", "mine_r0.6_svd", "mine_r0.6_svd_refine"),
-    }
-    local["evaluation"]["limit"] = 1
-    assert len(params.published_runs(local, "mine", "0.6")) == 3
-    local["refinement"]["epochs"] = 1  # `svd` has none, and `refine` its own
-    assert set(params.published_runs(local, "mine", "0.6")) == {"mine_r0.6_svd", "mine_r0.6_svd_refine"}
-    local["calibration"]["tokens"] = 2
-    assert not params.published_runs(local, "mine", "0.6")
-
-
 def test_pruning_methods_are_those_that_need_no_search(config: Config) -> None:
     assert params.pruning_methods(config) == ["shortgpt", "wanda-sp"]
     config["methods"]["mine"] = {"compression": {"storage": "pruned", "allocation": "uniform"}}
     assert "mine" in params.pruning_methods(config)
-
-
-Maker = Callable[[Config, str], object]
-
-
-@pytest.mark.parametrize("make", [params.model_folder, lambda c, n: params.text_file(c, n, "test")])
-def test_names_that_are_in_no_registry_are_refused(local: Config, make: Maker) -> None:
-    with pytest.raises(ValueError, match=r"unknown (model|text) 'nobody'; params\.yaml has "):
-        make(local, "nobody")

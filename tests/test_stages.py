@@ -25,7 +25,7 @@ from aasvd.artifacts import (
     write_table,
 )
 from aasvd.device import compute_dtype
-from aasvd.params import failure_file
+from aasvd.layout import failure_file
 from aasvd.stages import evaluation, publication, stage
 
 CPU = torch.device("cpu")

@@ -7,7 +7,7 @@ import pytest
 import yaml
 from workflow_copy import ROOT, SETTINGS, merged
 
-from aasvd import params, versioning
+from aasvd import layout, params, versioning
 from aasvd.artifacts import write_json
 
 RUN = SETTINGS["runs"][0]
@@ -45,10 +45,10 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     Path("dvc.yaml").touch()
     Path(".dvc").mkdir()
     run = params.parse_run(made, RUN)
-    paths = params.Paths(made, run)
+    paths = layout.Paths(made, run)
     write_json(paths.model / "outline.json", {"blocks": 2})
-    for phase in params.PHASES:
-        for file in params.phase_targets(made, run, phase, blocks=lambda: 2):
+    for phase in layout.PHASES:
+        for file in layout.phase_targets(made, run, phase, blocks=lambda: 2):
             Path(file).parent.mkdir(parents=True, exist_ok=True)
             Path(file).touch()
     write_json(Path(f"results/{RUN}/eval.json"), {"provenance": {"keys": paths.publication()}})
@@ -57,21 +57,21 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 def _lose(config: dict[str, Any], phase: str) -> None:
     run = params.parse_run(config, RUN)
-    Path(params.phase_targets(config, run, phase, blocks=lambda: 2)[-1]).unlink()
+    Path(layout.phase_targets(config, run, phase, blocks=lambda: 2)[-1]).unlink()
 
 
 def test_everything_finished_is_recorded_in_the_order_of_the_pipeline(config: dict[str, Any]) -> None:
-    names = [*params.PHASES, f"publish@{RUN}"]
+    names = [*layout.PHASES, f"publish@{RUN}"]
     assert versioning.commit() == names
     assert _Repo.committed == [(name, True) for name in names]
 
 
-@pytest.mark.parametrize("phase", params.PHASES)
+@pytest.mark.parametrize("phase", layout.PHASES)
 def test_an_unfinished_phase_is_not_recorded_nor_anything_published(
     config: dict[str, Any], phase: str
 ) -> None:
     _lose(config, phase)
-    assert versioning.commit() == [name for name in params.PHASES if name != phase]
+    assert versioning.commit() == [name for name in layout.PHASES if name != phase]
 
 
 def test_numbers_are_read_as_the_run_read_them(config: dict[str, Any]) -> None:
@@ -79,18 +79,18 @@ def test_numbers_are_read_as_the_run_read_them(config: dict[str, Any]) -> None:
     text = Path("params.yaml").read_text()
     assert config["refinement"]["learning_rate"] == 0.002
     Path("params.yaml").write_text(text.replace("learning_rate: 0.002\n", "learning_rate: 2e-3\n"))
-    assert versioning.commit() == [*params.PHASES, f"publish@{RUN}"]
+    assert versioning.commit() == [*layout.PHASES, f"publish@{RUN}"]
 
 
 def test_a_run_published_from_other_parameters_is_not_recorded(config: dict[str, Any]) -> None:
     write_json(Path(f"results/{RUN}/eval.json"), {"provenance": {"keys": {}}})
-    assert versioning.commit() == list(params.PHASES)
+    assert versioning.commit() == list(layout.PHASES)
     Path(f"results/{RUN}/eval.json").unlink()
-    assert versioning.commit() == list(params.PHASES)
+    assert versioning.commit() == list(layout.PHASES)
 
 
 def test_a_model_that_is_not_fetched_leaves_nothing_to_record(config: dict[str, Any]) -> None:
-    (params.Paths(config, params.parse_run(config, RUN)).model / "outline.json").unlink()
+    (layout.Paths(config, params.parse_run(config, RUN)).model / "outline.json").unlink()
     assert versioning.commit() == []
 
 

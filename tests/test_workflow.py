@@ -21,7 +21,7 @@ import yaml
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from workflow_copy import BLOCKS, COMPRESSION, MEASURES, ROOT, RUN, Copy, finished, jobs, tensors
 
-from aasvd import params
+from aasvd import layout
 from aasvd.artifacts import remake_command
 
 pytestmark = pytest.mark.slow
@@ -346,7 +346,7 @@ def test_an_overlay_merges_deeply_and_is_not_recorded_as_params_yaml(another: Co
 def test_dvc_runs_what_changed_and_nothing_else(finished_copy: Copy, tmp_path: Path) -> None:
     copy = workflow_copy.create(tmp_path / "repro", **NO_TASKS)
     first = copy.must("dvc", "repro")
-    assert _stages_run(first) == [*params.PHASES, f"publish@{RUN}"]
+    assert _stages_run(first) == [*layout.PHASES, f"publish@{RUN}"]
     assert tensors(copy) == tensors(finished_copy)
     assert _stages_run(copy.must("dvc", "repro")) == []
     assert "Nothing to be done" in copy.make("--dry-run")

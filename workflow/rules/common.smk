@@ -1,4 +1,4 @@
-"""Settings, keys and the few functions that tell rules what they read. Paths come from aasvd.params alone."""
+"""Settings, keys and the few functions that tell rules what they read. Paths come from aasvd.layout alone."""
 
 import functools
 import importlib
@@ -9,10 +9,10 @@ import sys
 
 from snakemake.exceptions import WorkflowError
 
-from aasvd import methods, params, workers
+from aasvd import identity, layout, methods, params, workers
 
 CACHE = "results/downloads"
-ARTIFACTS = str(params.ARTIFACTS)
+ARTIFACTS = str(layout.ARTIFACTS)
 CALIBRATION = f"{ARTIFACTS}/calibration/{{model}}/{{calibration}}"
 ORIGINAL = f"{ARTIFACTS}/original/{{model}}/{{calibration}}"
 COMPRESSED = f"{ARTIFACTS}/compressed/{{model}}/{{calibration}}/{{compression}}"
@@ -44,7 +44,7 @@ def checked(function, *args, **kwargs):
 params.read_strings(config)
 checked(params.validate, config)
 # A mistyped run is found here, in one line, rather than deep inside the graph. Snakemake tells a Snakefile no targets.
-for run in params.named_runs(sys.argv[1:]):
+for run in layout.named_runs(sys.argv[1:]):
     checked(params.parse_run, config, run)
 
 
@@ -52,10 +52,10 @@ for run in params.named_runs(sys.argv[1:]):
 parse_run = functools.cache(lambda name: checked(params.parse_run, config, name))
 find_run = functools.cache(
     lambda model, calibration, compression, positions=None: checked(
-        params.find_run, config, model=model, calibration=calibration, compression=compression, positions=positions
+        layout.find_run, config, model=model, calibration=calibration, compression=compression, positions=positions
     )
 )
-paths_by_name = functools.cache(lambda name: params.Paths(config, parse_run(name)))
+paths_by_name = functools.cache(lambda name: layout.Paths(config, parse_run(name)))
 
 
 def run_of(wildcards):
@@ -88,10 +88,10 @@ def settings_of(section):
 
 def dense_source(wildcards):
     """The description of the dense model."""
-    return f"{checked(params.model_folder, config, wildcards.model)}/source.json"
+    return f"{checked(layout.model_folder, config, wildcards.model)}/source.json"
 
 
 def blocks_of(model):
     """How many blocks a model has; known once it is fetched."""
-    key = checked(params.model_folder, config, model).name
-    return params.block_count(checkpoints.fetch_model.get(model=model, key=key).output.outline)
+    key = checked(layout.model_folder, config, model).name
+    return layout.block_count(checkpoints.fetch_model.get(model=model, key=key).output.outline)

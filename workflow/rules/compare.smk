@@ -12,7 +12,7 @@ PUBLISHED = workflow.source_path("../published.json")
 def compared(wildcards):
     """What a comparison shows: its runs in their order, and what others report."""
     runs = [run.name for run in comparison_of(wildcards).runs.values()]
-    return {"runs": runs, "published": params.key_of(json.loads(pathlib.Path(PUBLISHED).read_text()))}
+    return {"runs": runs, "published": identity.key_of(json.loads(pathlib.Path(PUBLISHED).read_text()))}
 
 
 def uncompared(wildcards):

@@ -26,13 +26,13 @@ def all_blocks(function):
 
 def measured_blocks(wildcards):
     """The files that a run's allocation looks at, of all blocks or of the whole model."""
-    found = params.measure_files(run_of(wildcards), blocks=blocks_of(wildcards.model))
+    found = layout.measure_files(run_of(wildcards), blocks=blocks_of(wildcards.model))
     return [ancient(f"{paths_of(wildcards).original}/{file}") for files in found.values() for file in files]
 
 
 def by_measure(wildcards, files):
     """The files of `measured_blocks` by measure."""
-    found = params.measure_files(run_of(wildcards), blocks=blocks_of(wildcards.model))
+    found = layout.measure_files(run_of(wildcards), blocks=blocks_of(wildcards.model))
     left = iter(files)
     return {measure: list(itertools.islice(left, len(some))) for measure, some in found.items()}
 
@@ -163,7 +163,7 @@ rule assemble:
         "logs/{model}/{calibration}/{compression}/assemble.log",
     params:
         settings=settings_of("compression"),
-        details=lambda w: params.compression_ingredients(config, run_of(w)),
+        details=lambda w: identity.compression_ingredients(config, run_of(w)),
     run:
         stages(wildcards).assemble(
             **input,
@@ -190,7 +190,7 @@ rule adapt:
         gpu=1,
     params:
         settings=lambda w: run_of(w).settings,
-        details=lambda w: params.compression_ingredients(config, run_of(w)),
+        details=lambda w: identity.compression_ingredients(config, run_of(w)),
     run:
         stages(wildcards).adapt_model(
             **input,
@@ -210,6 +210,6 @@ rule describe_compression:
     log:
         "logs/{model}/{calibration}/{compression}/key.log",
     params:
-        ingredients=lambda w: params.compression_ingredients(config, run_of(w)),
+        ingredients=lambda w: identity.compression_ingredients(config, run_of(w)),
     run:
         stages(wildcards).write_key(ingredients=params.ingredients, output=output[0])

@@ -11,7 +11,7 @@ def subject_model(wildcards):
 
 
 find_measurement = functools.cache(
-    lambda model, measurement: checked(params.find_measurement, config, model=model, measurement=measurement)
+    lambda model, measurement: checked(layout.find_measurement, config, model=model, measurement=measurement)
 )
 
 
@@ -24,7 +24,7 @@ rule perplexity:
     """Measure a model's perplexity on the test split of one text."""
     input:
         model=lambda w: ancient(subject_model(w)),
-        text=lambda w: settled(str(checked(params.text_file, config, w.text, "test"))),
+        text=lambda w: settled(str(checked(layout.text_file, config, w.text, "test"))),
         again=failed(f"{EVALUATION}/{{subject}}/perplexity_{{text}}-{{key}}.json"),
     output:
         f"{EVALUATION}/{{subject}}/perplexity_{{text}}-{{key}}.json",
@@ -49,7 +49,7 @@ rule accuracy:
     """Measure a model's zero-shot accuracy on one lm-eval task."""
     input:
         model=lambda w: ancient(subject_model(w)),
-        rows=lambda w: settled(str(checked(params.task_file, config, w.task))),
+        rows=lambda w: settled(str(checked(layout.task_file, config, w.task))),
         again=failed(f"{EVALUATION}/{{subject}}/accuracy_{{task}}-{{key}}.json"),
     output:
         f"{EVALUATION}/{{subject}}/accuracy_{{task}}-{{key}}.json",

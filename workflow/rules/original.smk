@@ -9,7 +9,7 @@ def activations(path):
 
 def calibration_text(wildcards):
     """The table of the run's calibration text."""
-    return checked(params.text_file, config, run_of(wildcards).settings["calibration"]["text"], "train")
+    return checked(layout.text_file, config, run_of(wildcards).settings["calibration"]["text"], "train")
 
 
 def original_input(wildcards, block):
@@ -265,6 +265,6 @@ rule describe_calibration:
     log:
         "logs/{model}/{calibration}/key.log",
     params:
-        ingredients=lambda w: checked(params.calibration_ingredients, config, run_of(w)),
+        ingredients=lambda w: checked(identity.calibration_ingredients, config, run_of(w)),
     run:
         stages(wildcards).write_key(ingredients=params.ingredients, output=output[0])

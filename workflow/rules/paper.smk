@@ -107,8 +107,8 @@ def layers_of(run):
 def unfollowed(wildcards):
     """The errors of blocks, by run, of shown runs whose own stages send nothing through the compressed blocks."""
     needed = f"{wildcards.model}_r{wildcards.ratio}"
-    runs = {needed: parse_run(needed)} | params.published_runs(config, wildcards.model, wildcards.ratio)
-    return {name: layers_of(run) for name, run in runs.items() if "propagate" not in params.block_stages(run)}
+    runs = {needed: parse_run(needed)} | layout.published_runs(config, wildcards.model, wildcards.ratio)
+    return {name: layers_of(run) for name, run in runs.items() if "propagate" not in layout.block_stages(run)}
 
 
 rule figure_depth:
@@ -233,7 +233,7 @@ rule memory:
 def budget_plan(wildcards):
     """Per memory budget: the ratio that fits, its run, and where its measured memory lies."""
     blocks_of(wildcards.model)  # the model has to be there before anything can be estimated
-    folder = checked(params.model_folder, config, wildcards.model)
+    folder = checked(layout.model_folder, config, wildcards.model)
     memory = importlib.import_module("aasvd.memory")
     return checked(
         memory.plan,

@@ -10,7 +10,7 @@ def phase(name):
         return [
             file
             for run in runs
-            for file in params.phase_targets(config, run, name, blocks=lambda: blocks_of(run.model))
+            for file in layout.phase_targets(config, run, name, blocks=lambda: blocks_of(run.model))
         ]
 
     return files

@@ -13,7 +13,7 @@ def records(wildcards):
     paths, run = paths_of(wildcards), run_of(wildcards)
     blocks = range(blocks_of(run.model))
     # What runs share counts for every run that uses it.
-    statistics = params.original_files(run).values()
+    statistics = layout.original_files(run).values()
     return [
         ancient(str(file))
         for file in [
@@ -26,7 +26,7 @@ def records(wildcards):
             *(
                 paths.compressed / f"block_{block:03d}" / f"{stage}.json"
                 for block in blocks
-                for stage in params.block_stages(run)
+                for stage in layout.block_stages(run)
             ),
             paths.compressed / "allocate.json",
             paths.compressed / "assemble.json",
@@ -40,7 +40,7 @@ def outdated(wildcards):
 
     Everything else under results/ has its parameters in its path; what people look at has not.
     """
-    published = params.is_published(run_of(wildcards), paths_of(wildcards))
+    published = layout.is_published(run_of(wildcards), paths_of(wildcards))
     return [] if published else marker(wildcards.run)
 
 

@@ -18,7 +18,7 @@ def failed(pattern):
 
     def again(wildcards):
         artifact = pattern.format(**wildcards)
-        return [marker(artifact)] if params.failure_file(artifact).exists() else []
+        return [marker(artifact)] if layout.failure_file(artifact).exists() else []
 
     return again
 
@@ -28,7 +28,7 @@ def settled(file):
 
     What read the failure has to follow, and Snakemake looks at no job by itself that lies behind one it runs.
     """
-    return file if params.failure_file(file).exists() else ancient(file)
+    return file if layout.failure_file(file).exists() else ancient(file)
 
 
 def status_files(wildcards):
