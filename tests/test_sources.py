@@ -26,9 +26,9 @@ from aasvd.sources import (
     fetch_model,
     fetch_task,
     fetch_text,
-    plain_text,
     task_definition,
 )
+from aasvd.wikipedia import plain_text
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the shared evaluation data is not here")
