@@ -17,7 +17,6 @@ import torch
 from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.utils._pytree import tree_map_only
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -27,6 +26,7 @@ from transformers.initialization import no_init_weights
 from aasvd import attention
 from aasvd.artifacts import DamagedArtifactError, read_json, remake_command
 from aasvd.capture import sharing
+from aasvd.likelihood import token_losses
 
 
 class Source:
@@ -288,9 +288,7 @@ class Head:
                     input_ids=ids[:, start:stop].to(self._device), use_cache=False
                 ).logits
             targets = ids[:, start + 1 : stop + 1].to(self._device)
-            losses = functional.cross_entropy(
-                logits.float().flatten(0, 1), targets.flatten(), reduction="none"
-            )
+            losses = token_losses(logits.flatten(0, 1), targets.flatten())
             total = total + losses.view(targets.shape).sum(1)
         return total
 

@@ -16,17 +16,15 @@ import numpy as np
 import torch
 from jinja2 import TemplateError
 from torch import Tensor
-from torch.nn import functional
 
 from aasvd.artifacts import verify
 from aasvd.calibration import token_ids
+from aasvd.likelihood import token_losses
 from aasvd.progress import Bar
 from aasvd.sources import TaskDefinition, task_definition
 
-# Elements of the logits that exist at one time, and of the float32 copy that the loss is taken of: the one
-# large, since every call of the head has a fixed cost, the other small enough for a processor's cache.
+# Elements of the logits that exist at one time; many, since every call of the head has a fixed cost.
 _CHUNK_ELEMENTS = 2**26
-_LOSS_ELEMENTS = 2**21
 _MAX_LENGTH = 2048
 
 
@@ -137,19 +135,10 @@ def _window_loss(model: Any, ids: Tensor) -> float:
                 not hold.used
             ):  # an architecture whose forward does not call its decoder: all positions at once
                 logits = logits[: len(targets)]
-            total += _summed_loss(logits, targets[start : start + len(logits)].to(logits.device))
+            losses = token_losses(logits, targets[start : start + len(logits)].to(logits.device))
+            total += float(losses.sum(dtype=torch.float64))
             start += len(logits)
     return total
-
-
-def _summed_loss(logits: Tensor, targets: Tensor) -> float:
-    """Return the summed cross entropy of logits (positions, vocabulary), computed in float32."""
-    rows = max(1, _LOSS_ELEMENTS // logits.shape[1])
-    parts = [
-        functional.cross_entropy(some.float(), target, reduction="sum").double()
-        for some, target in zip(torch.split(logits, rows), torch.split(targets, rows), strict=True)
-    ]
-    return float(torch.stack(parts).sum())
 
 
 class _HeldOutput:

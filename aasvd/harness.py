@@ -15,12 +15,13 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 
+from aasvd.likelihood import token_losses
 from aasvd.progress import Bar
 
 # A beginning shorter than this is not worth a pass of its own.
 _SHORTEST = 8
-# Elements of the logits of one batch, and of the float32 copy made of them at a time.
-_LOGITS, _CHUNK = 2**28, 2**24
+# Elements of the logits of one batch.
+_LOGITS = 2**28
 
 
 class Request(NamedTuple):
@@ -163,7 +164,8 @@ class SharedPrefixLM(HFLM):
             for position in range(request.start, len(request.tokens))
         ]
         targets = self._tensor([target for request in requests for target in request.targets])
-        likelihoods, greedy = _likelihoods(logits[self._tensor(rows), self._tensor(columns)], targets)
+        predicting = logits[self._tensor(rows), self._tensor(columns)]
+        likelihoods, greedy = -token_losses(predicting, targets), predicting.argmax(dim=-1) == targets
         ends = [len(request.targets) for request in requests]
         return {
             request.number: (float(own.sum(dtype=torch.float64)), bool(hits.all()))
@@ -174,21 +176,3 @@ class SharedPrefixLM(HFLM):
 
     def _tensor(self, values: list[Any]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self.device)
-
-
-def _likelihoods(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Return each target's log likelihood, in float32, and whether it is the likeliest token.
-
-    Args:
-        logits: (targets, vocabulary), in any float type.
-        targets: Token ids, (targets,).
-    """
-    rows = max(1, _CHUNK // logits.shape[1])
-    found = [
-        (
-            torch.log_softmax(some.float(), dim=-1).gather(1, target[:, None])[:, 0],
-            some.argmax(dim=-1) == target,
-        )
-        for some, target in zip(torch.split(logits, rows), torch.split(targets, rows), strict=True)
-    ]
-    return torch.cat([own for own, _ in found]), torch.cat([hits for _, hits in found])

@@ -20,7 +20,7 @@ VERSIONS = {
     "task": 1,
     "calibration": 5,
     "compression": 6,
-    "evaluation": 2,
+    "evaluation": 3,
     "positions": 1,
 }
 

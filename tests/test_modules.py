@@ -22,6 +22,7 @@ ORDER = [
     "provenance",
     "progress",
     "rank",
+    "likelihood",
     "covariance",
     "solve",
     "objectives",
