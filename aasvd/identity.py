@@ -22,6 +22,7 @@ VERSIONS = {
     "compression": 6,
     "evaluation": 3,
     "positions": 1,
+    "post": 2,
 }
 
 # Settings that change how a result is computed, but not which result it is.
@@ -142,7 +143,7 @@ def compression_ingredients(config: Config, run: Run) -> dict[str, Any]:
         "ratio": run.ratio,
         "compression": compression,
         "refinement": refinement if refinement["epochs"] else {"epochs": 0},
-        "post": post if post["epochs"] else {"epochs": 0},
+        "post": {"version": VERSIONS["post"], **post} if post["epochs"] else {"epochs": 0},
         "seed": run.settings["seed"],
     }
 

@@ -144,9 +144,11 @@ def test_settings_of_training_move_the_ranks_and_what_follows(
     assert str(newer["positions"]) in files
 
 
-def test_a_post_step_has_a_checkpoint_of_its_own(local: Config) -> None:
+def test_a_post_step_has_a_checkpoint_of_its_own(local: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     local["compression"]["storage"] = "factors"
-    before = paths(local).compressed
+    before, adapted = paths(local).compressed, paths(local, "mine_r0.6_svd-llm").checkpoint
+    monkeypatch.setitem(identity.VERSIONS, "post", identity.VERSIONS["post"] + 1)
+    assert paths(local).compressed == before and paths(local, "mine_r0.6_svd-llm").checkpoint != adapted
     local["post"]["epochs"] = 3
     assert paths(local).compressed != before
     local["post"]["epochs"] = 0
