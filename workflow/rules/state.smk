@@ -41,6 +41,9 @@ def status_files(wildcards):
 def works_for(run, wildcards):
     """Whether a job's wildcards fit a run."""
     paths = paths_by_name(run.name)
+    measured = wildcards.get("measure") or ("probe" in wildcards.keys() and f"removal-{wildcards.probe}")
+    if measured and measured not in params.measures(run):
+        return False
     own = {
         "run": run.name,
         "model": run.model,
