@@ -24,7 +24,7 @@ include: "workflow/rules/phases.smk"
 
 
 rule all:
-    """Make every run that params.yaml lists."""
+    """Make every run that params.yaml lists; `--report` shows every finished run."""
     input:
-        expand("results/{run}/eval.json", run=config["runs"]),
+        expand("results/{run}/eval.json", run=layout.finished_runs(config) if REPORTING else config["runs"]),
     default_target: True

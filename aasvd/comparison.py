@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 from aasvd import tables
 from aasvd.artifacts import replacing
 from aasvd.results import compresses
-from aasvd.tables import Table, number, percent
+from aasvd.tables import Table, counted, number, percent
 
 Row = dict[str, Any]
 
@@ -50,16 +50,23 @@ def run_row(result: Mapping[str, Any], *, method: str, variant: str) -> Row:
     }
 
 
-def measured_note(left_out: Mapping[tuple[str, str], str]) -> str:
+def measured_note(results: Sequence[Mapping[str, Any]], left_out: Mapping[tuple[str, str], str]) -> str:
     """Return what is to be said above the measured rows.
 
     Args:
+        results: The runs' eval.json.
         left_out: By method and variant, why there is no such row.
     """
+    sizes = sorted({result["evaluation"]["window"] for result in results})
+    windows = counted((text, pair["windows"]) for r in results for text, pair in r["perplexity"].items())
+    examples = counted((task, pair["count"]) for r in results for task, pair in r["accuracy"].items())
     return (
         "Without a variant, a method is as params.yaml declares it; a variant that changes nothing of a "
         "method has no row. Ratios are shares kept of the blocks' linears (kept_linears) and of all "
-        "parameters (kept_model). Seconds are the sum and peak memory (host, device) the "
+        "parameters (kept_model). "
+        f"Perplexity is per token; windows of {' or '.join(map(str, sizes))} tokens: {windows}. "
+        + (f"Accuracy is zero-shot; examples: {examples}. " if examples else "")
+        + "Seconds are the sum and peak memory (host, device) the "
         "maximum over the stages that made a checkpoint, those that runs share too, without fetching and "
         "measuring. Averages of accuracy are over the tasks measured on both models; drop is "
         "the share of the dense one that is lost. A measurement that failed is –."

@@ -211,3 +211,46 @@ def layers(mse: Sequence[Series], cosine: Sequence[Series], *, title: str, outpu
             axes.set_ylabel(label)
         _legend_below(figure, axes)
         figure.suptitle(title)
+
+
+def write_curves(rows: Sequence[Mapping[str, Any]], *, output: Path, title: str) -> None:
+    """Draw perplexity against ratio, one line per method, one panel per text (SVG).
+
+    Args:
+        rows: Rows with `method`, `variant`, `ratio` and `perplexity <text>`; the dense model's has ratio 1.
+        output: The file to write.
+        title: Title of the figure.
+    """
+    texts = list(dict.fromkeys(name for row in rows for name in row if name.startswith("perplexity ")))
+    lines = list(dict.fromkeys((row["method"], row["variant"]) for row in rows if row["ratio"] < 1))
+    methods = list(dict.fromkeys(method for method, _ in lines))
+    variants = list(dict.fromkeys(variant for _, variant in lines))
+    colours = mpl.colormaps["turbo"].resampled(max(2, len(methods)))
+    width = 5.5 * max(1, len(texts)) + 2.5
+    with drawing(output, width=width, height=5) as figure:
+        panels = figure.subplots(1, max(1, len(texts)), squeeze=False)[0]
+        for axes, text in zip(panels, texts, strict=False):
+            known = [row for row in rows if row.get(text) is not None]
+            for method, variant in lines:
+                own = [r for r in known if (r["method"], r["variant"]) == (method, variant)]
+                points = sorted((row["ratio"], row[text]) for row in own)
+                axes.plot(
+                    [ratio for ratio, _ in points],
+                    [value for _, value in points],
+                    color=colours(methods.index(method)),
+                    linestyle=("-", "--", ":", "-.")[variants.index(variant) % 4],
+                    marker="osv^Dx*"[methods.index(method) % 7],
+                    markersize=4,
+                    linewidth=1.3,
+                    label=" ".join(filter(None, (method, variant))),
+                )
+            for row in known:
+                if row["ratio"] == 1:
+                    axes.axhline(row[text], color="black", linewidth=0.8, label="dense")
+            axes.set_xlabel("retained-parameter ratio")
+            axes.set_ylabel(text)
+            axes.set_yscale("log")
+            axes.grid(visible=True, which="major", alpha=0.3)
+        if texts:
+            figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize=7)
+        figure.suptitle(title)

@@ -5,6 +5,7 @@ file times: `results/artifacts/<phase>/<model>/<key>/...`. Phases come first bec
 one DVC stage, and those must not overlap.
 """
 
+import contextlib
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -27,6 +28,7 @@ from aasvd.params import (
     is_whole,
     measures,
     needs,
+    parse_run,
     runs_of,
     trains_positions,
     written_ratio,
@@ -250,6 +252,18 @@ def is_published(run: Run, paths: Paths) -> bool:
         return True  # nothing is out of date: Snakemake makes what is missing
     published = json.loads(evaluation.read_text())
     return bool(published["provenance"]["keys"] == paths.publication() and not published.get("errors"))
+
+
+def finished_runs(config: Config) -> list[str]:
+    """Return the names of the published runs that today's params.yaml knows and that lack nothing."""
+    found = []
+    for file in sorted(Path("results").glob("*/eval.json")):
+        # A run of a model, method or variant that is no longer there is none of today's.
+        with contextlib.suppress(ValueError):
+            run = parse_run(config, file.parent.name)
+            if is_published(run, Paths(config, run)):
+                found.append(run.name)
+    return found
 
 
 def failure_file(artifact: str | Path) -> Path:

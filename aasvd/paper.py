@@ -14,7 +14,7 @@ from aasvd.artifacts import read_json, read_table
 from aasvd.figures import Series
 from aasvd.layers import OUTPUT
 from aasvd.params import DEFAULT
-from aasvd.tables import Table, number, percent
+from aasvd.tables import Table, counted, number, percent
 
 # Structured pruning, as methods are named in params.yaml or in papers; compared without case and signs.
 PRUNING = frozenset(("llmpruner", "slicegpt", "bonsai", "wandasp", "flap", "blockpruner", "shortgpt"))
@@ -114,13 +114,8 @@ def _measured_on(runs: Sequence[Run], texts: Sequence[str], tasks: Sequence[str]
     """Return a sentence that says on how much was measured; runs that differ in it do not compare."""
 
     def counts(kind: str, names: Sequence[str]) -> str:
-        parts = []
-        for name in names:
-            found = sorted(
-                {run.metrics[f"{kind} {name}"]["count"] for run in runs if f"{kind} {name}" in run.metrics}
-            )
-            parts.append(f"{name} {' or '.join(map(str, found))}")
-        return ", ".join(parts)
+        metrics = [(name, f"{kind} {name}") for name in names]
+        return counted((n, run.metrics[m]["count"]) for n, m in metrics for run in runs if m in run.metrics)
 
     windows, examples = counts("perplexity", texts), counts("acc", tasks)
     fewer = {_averaged(run) for run in runs} - {0, len(tasks)}

@@ -7,8 +7,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
-
 from aasvd import figures
 from aasvd.figures import BLUE, VERMILION
 from aasvd.tables import Table, number, percent
@@ -16,12 +14,17 @@ from aasvd.tables import Table, number, percent
 
 def _table(result: Mapping[str, Any]) -> Table:
     """Return the table of a run: what was measured, dense and compressed."""
+    window = result["evaluation"]["window"]
     rows = [
-        (f"perplexity {text}", _or_failed(number(pair["dense"])), _or_failed(number(pair["compressed"])))
+        (
+            f"perplexity {text}{_amount(pair['windows'], f'windows of {window}')}",
+            _or_failed(number(pair["dense"])),
+            _or_failed(number(pair["compressed"])),
+        )
         for text, pair in result["perplexity"].items()
     ]
     for task, pair in result["accuracy"].items():
-        rows.append((f"accuracy {task}", *_accuracies(pair)))
+        rows.append((f"accuracy {task}{_amount(pair['count'], 'examples')}", *_accuracies(pair)))
         if norm := pair.get("acc_norm"):
             rows.append((f"  by length (acc_norm) {task}", *_accuracies(norm)))
     mean = result["average"]
@@ -50,6 +53,11 @@ def _table(result: Mapping[str, Any]) -> Table:
         for side, why in sides.items()
     ]
     return Table(result["run"], ("", "dense", "compressed"), rows, [note, *failures])
+
+
+def _amount(count: int | None, unit: str) -> str:
+    """Return on how much was measured, as an addition to a label; nothing where no model was."""
+    return "" if count is None else f" ({count} {unit})"
 
 
 def _count(mean: Mapping[str, Any]) -> str:
@@ -122,6 +130,7 @@ def model_card(
         f"| {what} | {dense} | {compressed} |" for what, dense, compressed in _table(result).rows
     )
     source = ", ".join(f"{key} {value}" for key, value in base.items())
+    made = _calibration(result["calibration"]) + _training(result)
     on_hub = f"\nbase_model: {base['hub']}" if "hub" in base else ""
     ratio = result["ratio"]
     return f"""---
@@ -136,6 +145,7 @@ Base model: {result["model"]} ({source}), whose licence applies. Compressed by {
 objective {result["objective"]}, allocation {result["allocation"]}, storage {result["storage"]},
 precision {result["precision"]}; kept {ratio["achieved"]:.4f} of the linears' parameters
 (asked: {ratio["target"]:g}).
+{made}
 
 | | dense | compressed |
 | --- | --- | --- |
@@ -171,6 +181,30 @@ Nothing in the folder is executed. `sha256sum -c SHA256SUMS` checks it; loading 
 
 </details>
 """
+
+
+def _calibration(settings: Mapping[str, Any]) -> str:
+    windows = f"{settings['sequences']} {settings['sampling']} windows of {settings['tokens']} tokens"
+    return f"Calibrated on {windows} of {settings['text']}."
+
+
+def _training(result: Mapping[str, Any]) -> str:
+    """Say how blocks were refined and what was trained after all, where anything was."""
+    refinement, post = result["refinement"], result["post"]
+    said = " Blocks are as they were solved."
+    if refinement["epochs"]:
+        most = f", at most {refinement['steps']} steps a block" if refinement["steps"] else ""
+        said = (
+            f" Each block was refined against the original one's output: {refinement['optimizer']}, rate "
+            f"{refinement['learning_rate']:g}, {refinement['epochs']} epochs{most}, {refinement['batch']} "
+            "sequences a step."
+        )
+    if post["epochs"]:
+        said += (
+            f" Then all factors were updated by LoRA of rank {post['rank']}: {post['epochs']} epochs for "
+            "every U, and as many for every V."
+        )
+    return said
 
 
 def _by_block(blocks: Mapping[int, Mapping[str, int | None]]) -> str:
@@ -243,49 +277,6 @@ def write_distortion(records: Iterable[Mapping[str, Any]], *, output: Path, run:
                 axes.set_yscale("log")
                 axes.legend()
         figure.suptitle(f"Distortion of block outputs, {run}")
-
-
-def write_curves(rows: Sequence[Mapping[str, Any]], *, output: Path, title: str) -> None:
-    """Draw perplexity against ratio, one line per method, one panel per text (SVG).
-
-    Args:
-        rows: Rows with `method`, `variant`, `ratio` and `perplexity <text>`; the dense model's has ratio 1.
-        output: The file to write.
-        title: Title of the figure.
-    """
-    texts = list(dict.fromkeys(name for row in rows for name in row if name.startswith("perplexity ")))
-    lines = list(dict.fromkeys((row["method"], row["variant"]) for row in rows if row["ratio"] < 1))
-    methods = list(dict.fromkeys(method for method, _ in lines))
-    variants = list(dict.fromkeys(variant for _, variant in lines))
-    colours = mpl.colormaps["turbo"].resampled(max(2, len(methods)))
-    width = 5.5 * max(1, len(texts)) + 2.5
-    with figures.drawing(output, width=width, height=5) as figure:
-        panels = figure.subplots(1, max(1, len(texts)), squeeze=False)[0]
-        for axes, text in zip(panels, texts, strict=False):
-            known = [row for row in rows if row.get(text) is not None]
-            for method, variant in lines:
-                own = [r for r in known if (r["method"], r["variant"]) == (method, variant)]
-                points = sorted((row["ratio"], row[text]) for row in own)
-                axes.plot(
-                    [ratio for ratio, _ in points],
-                    [value for _, value in points],
-                    color=colours(methods.index(method)),
-                    linestyle=("-", "--", ":", "-.")[variants.index(variant) % 4],
-                    marker="osv^Dx*"[methods.index(method) % 7],
-                    markersize=4,
-                    linewidth=1.3,
-                    label=" ".join(filter(None, (method, variant))),
-                )
-            for row in known:
-                if row["ratio"] == 1:
-                    axes.axhline(row[text], color="black", linewidth=0.8, label="dense")
-            axes.set_xlabel("retained-parameter ratio")
-            axes.set_ylabel(text)
-            axes.set_yscale("log")
-            axes.grid(visible=True, which="major", alpha=0.3)
-        if texts:
-            figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize=7)
-        figure.suptitle(title)
 
 
 def _line(axes: Any, values: Sequence[float], *, colour: str, marker: str, label: str) -> None:

@@ -2,7 +2,7 @@
 
 import html
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -140,6 +140,14 @@ def page(title: str, *sections: str) -> str:
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
         f"<style>{_STYLE}</style>{''.join(sections)}</html>\n"
     )
+
+
+def counted(found: Iterable[tuple[str, int | None]]) -> str:
+    """Say on how much each text or task was measured: `wikitext2 40, ptb 20 or 24`; None: not at all."""
+    counts: dict[str, set[int]] = {}
+    for name, count in found:
+        counts.setdefault(name, set()).update([] if count is None else [count])
+    return ", ".join(f"{name} {' or '.join(map(str, sorted(some))) or 0}" for name, some in counts.items())
 
 
 def number(value: float | None, digits: int = 2) -> str:

@@ -5,17 +5,21 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from aasvd import comparison, report, results
+from aasvd import comparison, figures, results
 
 PUBLISHED = json.loads((Path(__file__).parent.parent / "workflow" / "published.json").read_text())
-ACCURACY = {"piqa": {"dense": 0.6, "compressed": 0.5}, "sciq": {"dense": 0.8, "compressed": 0.55}}
+ACCURACY = {
+    "piqa": {"dense": 0.6, "compressed": 0.5, "count": 32},
+    "sciq": {"dense": 0.8, "compressed": 0.55, "count": 32},
+}
 RESULT: dict[str, Any] = {
     "refined": True,
     "ratio": {"target": 0.6, "achieved": 0.5995},
     "parameters": {"dense": 200, "compressed": 150},
-    "perplexity": {"a_b": {"dense": 20.0, "compressed": 50.0}},
+    "perplexity": {"a_b": {"dense": 20.0, "compressed": 50.0, "windows": 3}},
     "accuracy": ACCURACY,
     "average": results.average(ACCURACY),
+    "evaluation": {"window": 2048},
     "seconds": {
         "fetch model": 50.0,
         "solve": 3.0,
@@ -99,7 +103,7 @@ def test_what_failed_is_a_dash_and_the_average_is_over_what_both_models_have(tmp
     ]
     assert [row.get("accuracy average") for row in found] == [0.6, 0.5, None]
     assert [row.get("drop") for row in found] == [None, pytest.approx(1 / 6), None]
-    report.write_curves(found, output=tmp_path / "x.svg", title="t")
+    figures.write_curves(found, output=tmp_path / "x.svg", title="t")
     files = {name: tmp_path / f"x.{name}" for name in ("page", "markdown", "latex", "parquet")}
     comparison.write({"Measured": found}, notes=[""], figure=tmp_path / "x.svg", **files)
     lines = files["markdown"].read_text().splitlines()
@@ -147,7 +151,7 @@ def test_a_source_may_leave_numbers_out() -> None:
 
 def test_all_formats_hold_the_rows(tmp_path: Path) -> None:
     tables = {"Measured": rows(), "Reported": comparison.reported_rows(PUBLISHED, [0.6])}
-    report.write_curves(rows(), output=tmp_path / "x.svg", title="t")
+    figures.write_curves(rows(), output=tmp_path / "x.svg", title="t")
     files = {name: tmp_path / f"x.{name}" for name in ("page", "markdown", "latex", "parquet")}
     comparison.write(tables, notes=["a <note>", "b"], figure=tmp_path / "x.svg", **files)
     table = pq.read_table(files["parquet"]).to_pylist()
@@ -160,5 +164,13 @@ def test_all_formats_hold_the_rows(tmp_path: Path) -> None:
     assert r"ours \& theirs" in latex and r"perplexity a\_b" in latex and "52.5 \\%" in latex
     assert "| ours & theirs | refine | measured | yes |" in files["markdown"].read_text()
     first = (tmp_path / "x.svg").read_bytes()
-    report.write_curves(rows(), output=tmp_path / "x.svg", title="t")
+    figures.write_curves(rows(), output=tmp_path / "x.svg", title="t")
     assert (tmp_path / "x.svg").read_bytes() == first
+
+
+def test_note_says_on_how_much_was_measured() -> None:
+    more = {**RESULT, "perplexity": {"a_b": {"windows": 6}, "c": {"windows": None}}, "accuracy": {}}
+    note = comparison.measured_note([RESULT, more], {("svd", "optimal"): "it cannot be"})
+    assert "windows of 2048 tokens: a_b 3 or 6, c 0." in note
+    assert "examples: piqa 32, sciq 32." in note
+    assert note.endswith("Left out: svd optimal: it cannot be.")

@@ -32,6 +32,7 @@ RESULT: dict[str, Any] = {
         "of": 2,
         "acc": {"dense": 0.684, "compressed": 0.605, "drop": 0.079, "relative_drop": 0.1155},
     },
+    "evaluation": {"window": 2048},
     "errors": {"accuracy boolq": {"compressed": "no <network>"}},
     "seconds": {"solve": 10.0, "refine": 32.4},
     "peak_memory_mb": 812.3,
@@ -44,6 +45,9 @@ CARD: dict[str, Any] = {
         "model": "mine",
         "storage": "pivoted",
         "precision": "int8",
+        "calibration": {"text": "wikitext2", "sequences": 48, "tokens": 512, "sampling": "random"},
+        "refinement": {"epochs": 8, "steps": 40, "batch": 4, "optimizer": "muon", "learning_rate": 0.002},
+        "post": {"epochs": 0},
         "bytes": {"dense": 2_000_000, "compressed": 700_000},
         "cache_bytes_per_token": {"ordinary": 2048, "latents": 1536, "reason": ""},
     },
@@ -66,7 +70,7 @@ def test_model_card_says_what_it_is() -> None:
     # The hub shows a model under the one that it was made from.
     assert card.startswith("---\nlibrary_name: transformers\nbase_model: org/name\npipeline_tag: text-")
     for line in (
-        "| perplexity wikitext2 | 21.24 | 51.20 |",
+        "| perplexity wikitext2 (24 windows of 2048) | 21.24 | 51.20 |",
         "| bytes of weights | 2,000,000 | 700,000 |",
         "| q | 8 x 6 | 3 | 2 |",
         "| up | 9 x 6 | 2, 1 dense | 2 |",
@@ -82,6 +86,17 @@ def test_model_card_says_what_it_is() -> None:
     elsewhere = report.model_card(**{**CARD, "base": {"path": "/models/mine"}})
     assert elsewhere.startswith("---\nlibrary_name: transformers\npipeline_tag: text-generation\n")
     assert "mine (path /models/mine)" in elsewhere
+
+
+def test_model_card_says_how_the_model_was_made() -> None:
+    text = " ".join(report.model_card(**CARD).split())
+    assert "Calibrated on 48 random windows of 512 tokens of wikitext2." in text
+    assert "muon, rate 0.002, 8 epochs, at most 40 steps a block, 4 sequences a step." in text
+    changed = {"refinement": {"epochs": 0}, "post": {"epochs": 3, "rank": 8}}
+    other = " ".join(report.model_card(**{**CARD, "result": CARD["result"] | changed}).split())
+    assert (
+        "Blocks are as they were solved. Then all factors were updated by LoRA of rank 8: 3 epochs" in other
+    )
 
 
 def folded(card: str) -> list[list[str]]:
@@ -137,9 +152,9 @@ def test_model_card_says_what_stays_of_a_pruned_model() -> None:
 
 
 EXPECTED = [
-    ["perplexity wikitext2", "21.24", "51.20"],
-    ["accuracy piqa", "68.4 ± 1.1 %", "60.5 ± 1.1 %"],
-    ["accuracy boolq", "50.0 ± 2.0 %", "failed"],
+    ["perplexity wikitext2 (24 windows of 2048)", "21.24", "51.20"],
+    ["accuracy piqa (1838 examples)", "68.4 ± 1.1 %", "60.5 ± 1.1 %"],
+    ["accuracy boolq (100 examples)", "50.0 ± 2.0 %", "failed"],
     ["accuracy, average over 1 of 2 tasks", "68.4 %", "60.5 % (drop 7.9)"],
     ["parameters", "1,234,567", "765,432"],
     ["of these in the blocks' linears", "1,000,000", "598,710"],

@@ -8,7 +8,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from aasvd import blocks, checkpoint, comparison, latents, paper, params, progress, report, results
+from aasvd import blocks, checkpoint, comparison, figures, latents, paper, params, progress, report, results
 from aasvd.artifacts import read_json, replacing, write_json, write_table
 from aasvd.provenance import code_digest, git_state, versions
 from aasvd.stages.stage import PASSES, stage
@@ -59,6 +59,7 @@ def publish(
             "storage": run.settings["compression"]["storage"],
             "precision": run.settings["compression"]["precision"],
             "refined": run.settings["refinement"]["epochs"] > 0,
+            **{name: run.settings[name] for name in ("calibration", "refinement", "post")},
             "ratio": {"target": run.ratio, "achieved": stored["linears"] / before},
             "parameters": {
                 "dense": checkpoint.parameter_count(blocks.skeleton(dense_source.folder).model),
@@ -136,7 +137,7 @@ def compare(
             ),
         ]
         theirs = json.loads(Path(published).read_text())
-        report.write_curves(rows, output=Path(figure), title=f"Perplexity of {compared.model}")
+        figures.write_curves(rows, output=Path(figure), title=f"Perplexity of {compared.model}")
         comparison.write(
             {
                 f"Measured on {compared.model}": rows,
@@ -144,7 +145,7 @@ def compare(
                     theirs, compared.ratios
                 ),
             },
-            notes=[comparison.measured_note(compared.left_out), theirs["note"]],
+            notes=[comparison.measured_note(found, compared.left_out), theirs["note"]],
             figure=Path(figure),
             page=Path(page),
             markdown=Path(markdown),

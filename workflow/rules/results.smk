@@ -44,6 +44,10 @@ def outdated(wildcards):
     return [] if published else marker(wildcards.run)
 
 
+# A report shows what is there: a listed run that was never made would be an error.
+REPORTING = any(word.partition("=")[0] == "--report" for word in sys.argv) and "--report-after-run" not in sys.argv
+
+
 rule publish:
     """Put a run's checkpoint, numbers and figure where people look."""
     input:
