@@ -1,6 +1,6 @@
 """Accumulate Gram and cross-Gram matrices over batches of tokens, in float64.
 
-A float32 sum has no safe eigenvalue cutoff once an outlier direction is present (methods section 15);
+A float32 sum has no safe eigenvalue cutoff once an outlier direction is present;
 a float64 sum of bfloat16 or float32 products is exact to 1e-15.
 """
 

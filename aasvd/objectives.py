@@ -312,7 +312,7 @@ def _roots(a: float, b: float, c: float) -> list[float]:
 def adasvd(statistics: Statistics, options: Options) -> Solver:
     """AdaSVD: the input-aware solution, then least squares for U and V in turn on averaged sequences.
 
-    On the inputs themselves the start is optimal and the rounds change nothing (methods section 7); on
+    On the inputs themselves the start is optimal and the rounds change nothing; on
     averages they do, for the worse by the objective's measure.
     """
     assert statistics.buckets is not None

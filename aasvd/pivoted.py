@@ -1,7 +1,7 @@
 """Pivoted storage: k rows of a rank-k matrix, and the other rows as combinations of them.
 
 A rank-k matrix has k (m + n − k) degrees of freedom, k² fewer than the entries of two factors (PIFA, arXiv
-2501.19090; methods section 11). With U the left factor and Q an orthonormal basis that spans its columns, the
+2501.19090). With U the left factor and Q an orthonormal basis that spans its columns, the
 coefficients of the other rows are C = Q_other Q_pivots⁻¹ whatever the right factor is: the pivots are chosen
 on Q alone. C does not depend on the basis either, so pivots that make it small are well conditioned in every
 gauge.

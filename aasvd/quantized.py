@@ -200,7 +200,7 @@ _BOOK = dynamic_code_book()
 
 
 class RemappedLinear(_ExpandedLinear):
-    """Dobi-SVD's remapped factors: k max(out, in) slots of 16 bit (ICLR 2025; methods section 8, item 5).
+    """Dobi-SVD's remapped factors: k max(out, in) slots of 16 bit (ICLR 2025).
 
     `slots` (max, k): each of the first min(out, in) rows holds a code of u in its low byte and one of v in
     its high byte; the others hold what the longer factor has left, in float16. `scales` (2, k): largest

@@ -95,9 +95,9 @@ def stored_bytes(
 def uniform_rank(out_features: int, in_features: int, *, parameter_ratio: float, storage: str) -> int | None:
     """Return the largest rank at which a storage keeps at most a given share of a matrix's parameters.
 
-    At least 1. For `factors` this is k = floor(r m n / (m + n)) (AA-SVD and SVD-LLM; methods section 6); for
-    `pivoted` the largest k with k (m + n - k) ≤ r m n (PIFA; section 11); for `remapped`
-    k = floor(r min(m, n)) (Dobi-SVD; section 8). For `pruned`, k entries stay: k = floor(r m n).
+    At least 1. For `factors` this is k = floor(r m n / (m + n)) (AA-SVD and SVD-LLM); for
+    `pivoted` the largest k with k (m + n - k) ≤ r m n (PIFA); for `remapped`
+    k = floor(r min(m, n)) (Dobi-SVD). For `pruned`, k entries stay: k = floor(r m n).
 
     Args:
         out_features: Rows m of the weight.

@@ -1,8 +1,9 @@
 """Block refinement: fit a compressed block's factors, norms and biases to the original block's outputs.
 
-AA-SVD (arXiv 2604.02119) section on block-level refinement; recipe of its official code in methods
-section 6. The weights that are trained are float32; the block itself computes in the pipeline's float
-type, so that small updates are not lost and the loss is that of the weights as they will be used.
+AA-SVD (arXiv 2604.02119), section on block-level refinement; the recipe of its official code is the
+variant `paper` of params.yaml. The weights that are trained are float32; the block itself computes in the
+pipeline's float type, so that small updates are not lost and the loss is that of the weights as they will
+be used.
 """
 
 import copy

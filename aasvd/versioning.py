@@ -1,4 +1,4 @@
-"""Record finished results with DVC after a plain Snakemake run (design section 4)."""
+"""Record finished results with DVC after a plain Snakemake run."""
 
 import logging
 import os

@@ -32,7 +32,7 @@ RESULT: dict[str, Any] = {
 }
 
 
-# methods.md section 14, as it stands there: at 0.8/0.6/0.4, perplexity and average accuracy; dense last.
+# As the papers have them: at 0.8/0.6/0.4, perplexity and average accuracy; dense last.
 TABLE = """
 | SVD | 20061/52489/105474 | – | 18800/47774/106976 | .03/.03/.01 | SVD-LLM v5 |
 | FWSVD | 1727/18156/32194 | – | 1511/12847/29292 | .08/.04/.02 | SVD-LLM v5 |
