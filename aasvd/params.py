@@ -43,8 +43,18 @@ class Run(NamedTuple):
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Read a params.yaml with numbers as Snakemake's side of the pipeline has them, not yet validated."""
-    config = yaml.safe_load(path.read_text())
+    """Read a params.yaml with numbers as Snakemake's side of the pipeline has them, not yet validated.
+
+    Raises:
+        ValueError: If the file is not YAML.
+    """
+    try:
+        config = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or what looks like a date
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        reason = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise ValueError(f"{path}{line}: not YAML: {reason}") from error
     read_strings(config)
     return config
 
@@ -54,11 +64,15 @@ def read_strings(config: dict[str, Any]) -> None:
 
     Snakemake leaves the values inside a mapping given to `--config` as strings: they are read as YAML, so
     that `evaluation={limit: 500}` gives a number. YAML itself takes 1e-4, without a point, for a string.
+    One that is not YAML either stays, for `validate` to refuse.
     """
     for error in list(_validator().iter_errors(config)):
         if error.validator == "type" and isinstance(error.instance, str) and error.absolute_path:
             *parents, name = error.absolute_path
-            value = yaml.safe_load(error.instance)
+            try:
+                value = yaml.safe_load(error.instance)
+            except (yaml.YAMLError, ValueError):  # ValueError: what looks like a date
+                continue
             if error.validator_value == "number" and isinstance(value, str) and _POWER.fullmatch(value):
                 value = float(value)
             functools.reduce(lambda part, key: part[key], parents, config)[name] = value

@@ -471,6 +471,39 @@ def test_values_inside_a_mapping_on_the_command_line_are_read_as_yaml(local: Con
 
 
 @pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"evaluation": "{suite: paper"}, r"evaluation: '\{suite: paper' is not of type 'object'"),
+        ({"evaluation": {"limit": "1: 2: 3"}}, r"evaluation\.limit: '1: 2: 3' is not of type 'integer', 'null'"),
+        ({"calibration": {"tokens": "2024-13-45"}}, r"calibration\.tokens: '2024-13-45' is not of type"),
+    ],
+)
+def test_a_value_on_the_command_line_that_is_not_yaml_is_named(
+    local: Config, given: Config, message: str
+) -> None:
+    config = params.merged(local, given)
+    params.read_strings(config)
+    with pytest.raises(ValueError, match=message):
+        params.validate(config)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("seed: 0\nmodels: {mine: {path: a}\nruns: []\n", r"params\.yaml, line 3: not YAML: expected"),
+        ("seed: 0\n\truns: []\n", r"params\.yaml, line 2: not YAML: found character"),
+        ("seed: \x00", r"params\.yaml: not YAML: .*special characters"),
+        ("seed: 2024-13-45", r"params\.yaml: not YAML: month must be in"),
+    ],
+)
+def test_a_file_that_is_not_yaml_is_named_with_its_line(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "params.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message) as raised:
+        params.load(tmp_path / "params.yaml")
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
     ("text", "number"), [("1e-4", 1e-4), ("2E+1", 20.0), ("+5.e-3", 5e-3), (".5e1", 5.0), ("3.0e-4", 3e-4)]
 )
 def test_a_number_with_an_exponent_needs_no_point(
