@@ -22,8 +22,12 @@ RUN = re.compile(r"(?P<model>.+)_r(?P<ratio>[0-9.]+)(?P<parts>(?:_[A-Za-z0-9-]+)
 
 _POWER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")  # a number that YAML 1.1 may take for a string
 
-# What is kept of artifacts that runs share: no run's own settings.
-_KEPT = {"calibration": "keep_activations", "compression": "keep_factors"}
+# No run's own settings: keys leave them out, so that runs share artifacts whatever they say.
+_SHARED = {
+    "calibration": ("keep_activations", "batch"),
+    "compression": ("keep_factors",),
+    "evaluation": ("batch",),
+}
 
 
 class Run(NamedTuple):
@@ -93,6 +97,8 @@ def validate(config: Config) -> None:
     if error is not None:
         place = ".".join(map(str, error.absolute_path)) or "top level"
         raise ValueError(f"params.yaml: {place}: {error.message}")
+    if config["data_dir"] and not Path(config["data_dir"]).expanduser().is_dir():
+        raise ValueError(f'params.yaml: data_dir: {config["data_dir"]!r} is no folder; "" uses the hub')
     overrides = dict(_overrides(config))
     for place, section in {"": config, **overrides}.items():
         for piece, known in (("objective", OBJECTIVES), ("allocation", ALLOCATIONS)):
@@ -115,12 +121,13 @@ def validate(config: Config) -> None:
     for place, section in overrides.items():
         if "ratio" in section.get("compression", {}):
             raise ValueError(f"params.yaml: {place}compression.ratio: the ratio is part of a run's name")
-        for concern, key in _KEPT.items():
-            if key in section.get(concern, {}):
-                raise ValueError(
-                    f"params.yaml: {place}{concern}.{key}: runs share artifacts, "
-                    f"so only {concern}.{key} itself says whether they are kept"
-                )
+        for concern, keys in _SHARED.items():
+            for key in keys:
+                if key in section.get(concern, {}):
+                    raise ValueError(
+                        f"params.yaml: {place}{concern}.{key}: runs share artifacts whatever it is, "
+                        f"so only {concern}.{key} itself counts"
+                    )
         for name in section.get("methods", {}):
             choose(name, config["methods"], "method")
     if twice := sorted(set(config["methods"]) & set(config["variants"])):

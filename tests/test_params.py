@@ -105,6 +105,8 @@ def test_no_object_of_the_schema_takes_unknown_keys() -> None:
         (["compression", "dobi", "epochs"], 0, r"compression\.dobi\.epochs: 0 is less than the minimum of 1"),
         (["variants", "wild"], {"compression": {"dobi": {"lr": 1}}}, r"wild\.compression\.dobi: .*lr"),
         (["post", "rank"], 0, r"post\.rank: 0 is less than the minimum of 1"),
+        (["data_dir"], "/nothere", r"^params\.yaml: data_dir: '/nothere' is no folder; \"\" uses the hub$"),
+        (["data_dir"], "~/nothere", r"data_dir: '~/nothere' is no folder"),
         (["seed"], -1, r"seed: -1 is less than the minimum of 0"),
     ],
 )  # fmt: skip
@@ -173,12 +175,33 @@ def test_the_default_run_takes_model_and_ratio_from_params_and_shares_the_named_
             {"variants": {"lean": {"compression": {"keep_factors": False}}}},
             r"variants\.lean\.compression\.keep_factors: runs share",
         ),
+        (
+            {"variants": {"lean": {"calibration": {"batch": 1}}}},
+            r"variants\.lean\.calibration\.batch: runs share .* only calibration\.batch itself",
+        ),
+        (
+            {"variants": {"lean": {"methods": {"svd": {"evaluation": {"batch": 1}}}}}},
+            r"lean\.methods\.svd\.evaluation\.batch: runs share .* only evaluation\.batch itself",
+        ),
         ({"runs": ["default_paper"]}, r"runs\.0: 'default_paper' does not match"),
     ],
 )
 def test_a_mistaken_default_run_is_named(config: Config, change: Config, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         params.validate(config | change)
+
+
+def test_a_data_dir_below_home_is_a_folder(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "data").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    params.validate(config | {"data_dir": "~/data"})
+
+
+def test_variants_have_their_own_batches_in_training(config: Config) -> None:
+    own = {"refinement": {"batch": 1}, "post": {"batch": 1}, "compression": {"dobi": {"batch": 2}}}
+    params.validate(config | {"variants": config["variants"] | {"lean": own}})
 
 
 def test_variants_are_found_by_what_they_change(config: Config) -> None:
