@@ -93,10 +93,19 @@ def validate(config: Config) -> None:
     Raises:
         ValueError: Names the key, what is wrong with it and what is allowed.
     """
-    error = jsonschema.exceptions.best_match(_validator().iter_errors(config))
-    if error is not None:
+    # The most relevant one; `best_match` would go on to one of several alternatives, of which none was meant.
+    errors = _validator().iter_errors(config)
+    if error := max(errors, key=jsonschema.exceptions.relevance, default=None):
         place = ".".join(map(str, error.absolute_path)) or "top level"
-        raise ValueError(f"params.yaml: {place}: {error.message}")
+        raise ValueError(f"params.yaml: {place}: {_explained(error)}")
+    for kind in ("models", "texts"):
+        for name, source in config[kind].items():
+            acting = _source_keys(kind, source)
+            if idle := [key for key in source if key not in acting]:
+                raise ValueError(
+                    f"params.yaml: {kind}.{name}.{idle[0]}: does nothing beside {acting[0]}; "
+                    f"such a {kind[:-1]} has {', '.join(acting)}"
+                )
     if config["data_dir"] and not Path(config["data_dir"]).expanduser().is_dir():
         raise ValueError(f'params.yaml: data_dir: {config["data_dir"]!r} is no folder; "" uses the hub')
     overrides = dict(_overrides(config))
@@ -139,6 +148,29 @@ def validate(config: Config) -> None:
             for name in compared[kind]:
                 if name or kind == "methods":  # "" stands for no variant
                     choose(name, config[kind], kind[:-1])
+
+
+def _explained(error: jsonschema.ValidationError) -> str:
+    """Return what is wrong with a value, and what is allowed."""
+    schema: Any = error.schema
+    expected = schema.get("description", "").removesuffix(".")
+    if error.validator in ("pattern", "oneOf"):
+        return f"{error.instance!r} does not match; expected: {expected}"
+    if error.validator == "type" and "oneOf" in schema:
+        return f"{error.message}; expected: {expected}"
+    if error.validator in ("additionalProperties", "type") and "properties" in schema:
+        return f"{error.message}; there are {', '.join(schema['properties'])}"
+    return error.message
+
+
+def _source_keys(kind: str, source: Mapping[str, str]) -> tuple[str, ...]:
+    """Return the keys that act on a source of `models` or `texts` (aasvd.sources)."""
+    model = kind == "models"
+    if "hub" in source:
+        return ("hub", "revision") if model else ("hub", "config", "revision")
+    if "package" in source:
+        return ("package", "file", "sha256", "dtype") if model else ("package", "file", "sha256")
+    return ("path", "sha256", "dtype") if model and source["path"].endswith(".gguf") else ("path",)
 
 
 def _overrides(config: Config) -> Iterable[tuple[str, Config]]:

@@ -85,14 +85,20 @@ def test_no_object_of_the_schema_takes_unknown_keys() -> None:
         (["suites", "paper", "texts"], ["nowhere"], r"unknown text 'nowhere'"),
         (["suites", "small"], {"texts": []}, r"suites\.small: '\w+' is a required property"),
         (["variants", "wild"], {"evaluation": {"suite": "best"}}, r"unknown evaluation suite 'best'"),
-        (["models", "mine"], {"path": "a", "hub": "b"}, r"models\.mine"),
-        (["models", "mine"], {"package": "tiny"}, r"models\.mine"),
-        (["models", "no/slash"], {"path": "a"}, r"models: 'no/slash' does not match"),
+        (["refinment"], {}, r"'refinment' was unexpected\); there are seed, .*refinement, post, "),
+        (["refinement"], 3, r"refinement: 3 is not of type 'object'; there are epochs, steps, .*, loss"),
+        (["models", "mine"], {"path": "a", "hub": "b"}, r"models\.mine: .*; expected: {hub: .*} \| {path: "),
+        (["models", "mine"], {"package": "a==1"}, r"models\.mine: .*; expected: .*{package: .*, file: <m"),
+        (["models", "mine"], {"package": "a", "file": "b"}, r"mine\.package: .*; expected: <name>==<vers"),
+        (["models", "mine"], {}, r"models\.mine: {} does not match; expected: {hub: <id>} \| {path: "),
+        (["models", "mine"], "org/name", r"models\.mine: 'org/name' is not .*; expected: {hub: <id>} \| "),
+        (["texts", "mine"], {"path": "a", "url": "b"}, r"texts\.mine: .*'url' .*; there are hub, config, "),
+        (["models", "no/slash"], {"path": "a"}, r"models: 'no/slash' does not match; expected: a name of"),
         (["variants", "wild"], {"refinement": {"epoch": 1}}, r"variants\.wild\.refinement: .*epoch"),
         (["variants", "wild"], {"models": {}}, r"variants\.wild: .*models"),
         (["variants", "wild"], {"evaluation": {"texts": ["nowhere"]}}, r"unknown text 'nowhere'"),
-        (["variants", "with_line"], {}, r"variants: 'with_line' does not match"),
-        (["runs"], ["smollm2-135m"], r"runs\.0: 'smollm2-135m' does not match"),
+        (["variants", "with_line"], {}, r"variants: 'with_line' does not .* digits and hyphens"),
+        (["runs"], ["smollm2-135m"], r"runs\.0: 'smollm2-135m' .* expected: default, or <model>_r<ratio>\["),
         (["runs"], ["nobody_r0.6"], r"unknown model 'nobody'; params\.yaml has llama2-13b, .*smollm2-135m"),
         (["runs"], ["llama7b_r0.6_none"], r"unknown method or variant 'none'; params\.yaml has .*paper"),
         (["runs"], ["llama7b_r1.5"], r"ratio 1\.5 must lie between 0 and 1"),
@@ -121,6 +127,44 @@ def test_a_mistake_is_one_line_that_names_the_key(
         params.validate(config)
     assert "\n" not in str(raised.value)
     assert len(str(raised.value)) < 700  # names of all methods and variants among them
+
+
+@pytest.mark.parametrize(
+    ("kind", "source", "key"),
+    [
+        ("models", {"hub": "a/b", "config": "c"}, "config"),
+        ("models", {"hub": "a/b", "file": "c"}, "file"),
+        ("models", {"hub": "a/b", "dtype": "float32"}, "dtype"),
+        ("models", {"path": "folder", "dtype": "float32"}, "dtype"),
+        ("models", {"path": "folder", "sha256": "0" * 64}, "sha256"),
+        ("models", {"path": "a.gguf", "revision": "main"}, "revision"),
+        ("models", {"package": "a==1", "file": "b.gguf", "revision": "main"}, "revision"),
+        ("texts", {"hub": "a/b", "sha256": "0" * 64}, "sha256"),
+        ("texts", {"path": "a.txt", "sha256": "0" * 64}, "sha256"),
+        ("texts", {"path": "a", "config": "c"}, "config"),
+        ("texts", {"package": "a==1", "file": "b.txt", "dtype": "float32"}, "dtype"),
+    ],
+)
+def test_a_key_that_does_nothing_for_a_source_is_refused(
+    config: Config, kind: str, source: Config, key: str
+) -> None:
+    config[kind]["mine"] = source
+    place = rf"^params\.yaml: {kind}\.mine\.{key}"
+    with pytest.raises(ValueError, match=rf"{place}: does nothing beside (\w+); such a {kind[:-1]} has \1"):
+        params.validate(config)
+    del source[key]
+    params.validate(config)
+
+
+def test_a_source_may_have_every_key_that_acts_on_it(config: Config) -> None:
+    member = {"package": "a==1", "file": "b", "sha256": "0" * 64}
+    config["models"] |= {
+        "far": {"hub": "a/b", "revision": "main"},
+        "file": {"path": "a.gguf", "sha256": "0" * 64, "dtype": "float16"},
+        "packed": member | {"dtype": "float32"},
+    }
+    config["texts"] |= {"far": {"hub": "a/b", "config": "c", "revision": "main"}, "packed": member}
+    params.validate(config)
 
 
 def test_a_line_makes_a_new_objective_or_allocation_known(
@@ -497,7 +541,10 @@ def test_values_inside_a_mapping_on_the_command_line_are_read_as_yaml(local: Con
     ("given", "message"),
     [
         ({"evaluation": "{suite: paper"}, r"evaluation: '\{suite: paper' is not of type 'object'"),
-        ({"evaluation": {"limit": "1: 2: 3"}}, r"evaluation\.limit: '1: 2: 3' is not of type 'integer', 'null'"),
+        (
+            {"evaluation": {"limit": "1: 2: 3"}},
+            r"evaluation\.limit: '1: 2: 3' is not of type 'integer', 'null'",
+        ),
         ({"calibration": {"tokens": "2024-13-45"}}, r"calibration\.tokens: '2024-13-45' is not of type"),
     ],
 )
