@@ -19,6 +19,7 @@ Config = Mapping[str, Any]
 SCHEMA = Path(__file__).parent.parent / "workflow" / "schemas" / "params.schema.yaml"
 DEFAULT = "default"  # the run whose model and ratio are those of params.yaml
 RUN = re.compile(r"(?P<model>.+)_r(?P<ratio>[0-9.]+)(?P<parts>(?:_[A-Za-z0-9-]+){,2})")
+_COMPARISON = re.compile(r"((?P<table>[^/]+)/)?(?P<model>[^/]+)_r(?P<ratios>[0-9.]+(-[0-9.]+)*)")
 
 _POWER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")  # a number that YAML 1.1 may take for a string
 
@@ -208,11 +209,11 @@ def parse_comparison(config: Config, name: str) -> Comparison:
         ValueError: If the name has another form, a variant would make all methods the same, or no run is
             left.
     """
-    table, named, runs_of = name.rpartition("/")
-    model, separator, ratios = runs_of.rpartition("_r")
-    if not separator:
+    match = _COMPARISON.fullmatch(name)
+    if match is None:
         raise ValueError(f"comparison {name!r} must have the form [<table>/]<model>_r<ratio>[-<ratio>...]")
-    compared = choose(table, config["comparisons"], "comparison") if named else config["comparison"]
+    table, model, ratios = match["table"], match["model"], match["ratios"]
+    compared = choose(table, config["comparisons"], "comparison") if table else config["comparison"]
     for variant in compared["variants"]:
         if "objective" in config["variants"].get(variant, {}).get("compression", {}):
             raise ValueError(

@@ -474,6 +474,16 @@ def test_one_comparison_shows_every_rule_of_allocation(config: Config) -> None:
         params.parse_comparison(config, "ranks/smollm2-135m_r0.6")
 
 
+@pytest.mark.parametrize(
+    "name", ["llama7b_r0.8-abc", "llama7b_r0.8-", "llama7b_r", "llama7b", "_r0.8", "a/b/llama7b_r0.8"]
+)
+def test_a_malformed_comparison_is_refused(config: Config, name: str) -> None:
+    with pytest.raises(
+        ValueError, match=r"must have the form \[<table>/\]<model>_r<ratio>\[-<ratio>\.\.\.\]"
+    ):
+        params.parse_comparison(config, name)
+
+
 @pytest.mark.parametrize("variant", ["paper", "anchored", "agnostic-norefine"])
 def test_a_variant_that_makes_one_of_all_methods_is_refused(config: Config, variant: str) -> None:
     with pytest.raises(ValueError, match=rf"variant '{variant}' sets compression\.objective, "):
