@@ -183,7 +183,10 @@ def forward_share(folder: Path, *, dtype: torch.dtype, window: int = 2048, repea
 
 
 def benchmark(repository_config: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Run one benchmark and return seconds per stage, GFLOP/s of refinement, memory and perplexity."""
+    """Run one benchmark and return seconds per stage, GFLOP/s of refinement, memory and perplexity.
+
+    Without the text of that comparison the calibration text of params.yaml is taken, and says so.
+    """
     run = "smollm2-135m_r0.6"
     overrides: dict[str, Any] = {
         "runs": [run],
@@ -195,6 +198,9 @@ def benchmark(repository_config: Mapping[str, Any], name: str) -> dict[str, Any]
         overrides["calibration"] = {**CALIBRATION, "text": "peer"}
         overrides["evaluation"]["texts"] = ["peer"]
     config = params.merged(params.merged(repository_config, overrides), BENCHMARKS[name])
+    text = config["calibration"]["text"]
+    if not PEER.is_dir():
+        sys.stdout.write(f"{name}: {PEER} is no folder; calibrates on {text} and measures no perplexity\n")
     with workspace(DOWNLOADS, SOURCES) as folder:
         run_workflow(folder, config, ["fetch"])
         total = run_workflow(folder, config, ["compress"])
@@ -207,6 +213,7 @@ def benchmark(repository_config: Mapping[str, Any], name: str) -> dict[str, Any]
     sequences = refine.Recipe(**config["refinement"]).visits(CALIBRATION["sequences"])
     work = 6 * result["parameters"]["linears"]["compressed"] * sequences * CALIBRATION["tokens"]
     return {
+        "text": text,
         "seconds": total,
         "stages": {
             stage: {"jobs": len(seconds), "median": statistics.median(seconds), "total": sum(seconds)}
@@ -267,7 +274,10 @@ def table(result: Mapping[str, Any]) -> str:
     ]
     lines.append(f"perplexity: {result['perplexity_share']:.2f} of the speed of plain forward passes")
     for name, found in result["benchmarks"].items():
-        lines.append(f"\n{name}: {found['seconds']:.0f} s in all, peak {found['peak_memory_mb']:.0f} MB")
+        lines.append(
+            f"\n{name}, calibrated on {found['text']}: {found['seconds']:.0f} s in all, "
+            f"peak {found['peak_memory_mb']:.0f} MB"
+        )
         lines.append(f"  {'stage':<12}{'jobs':>6}{'median s':>10}{'total s':>10}")
         lines += [
             f"  {stage:<12}{row['jobs']:>6}{row['median']:>10.2f}{row['total']:>10.1f}"

@@ -453,6 +453,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="a model of no size, to see that it runs")
     options = parser.parse_args(arguments)
     config = None if options.config is None else AutoConfig.from_pretrained(options.config)
+    everything = settings(config=config, quick=options.quick)
+    titles = [title(setting, shape) for setting in everything for shape in setting.shapes]
+    if not any(options.only in name for name in titles):
+        parser.error(f"--only {options.only!r} is in no setting's name; there are {'; '.join(titles)}")
     device = compute_device()
     result: dict[str, Any] = {
         "device": str(device),
@@ -460,7 +464,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "versions": versions(),
         "settings": [],
     }
-    for setting in settings(config=config, quick=options.quick):
+    for setting in everything:
         shapes = [shape for shape in setting.shapes if options.only in title(setting, shape)]
         if not shapes:
             continue

@@ -99,7 +99,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("folder", type=Path, help="compressed checkpoint")
     parser.add_argument("output", type=Path, help="folder to make")
     options = parser.parse_args(arguments)
-    merge(options.folder, options.output)
+    try:
+        merge(options.folder, options.output)
+    except (OSError, ValueError) as error:
+        sys.exit(str(error))
     sys.stdout.write(f"{options.output}: dense, as large as the model before compression\n")
 
 

@@ -7,7 +7,7 @@ one DVC stage, and those must not overlap.
 
 import contextlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +35,6 @@ from aasvd.params import (
 )
 
 ARTIFACTS = Path("results") / "artifacts"
-
-
-def named_runs(words: Iterable[str]) -> list[str]:
-    """Return the runs that the words of a command line ask for: names in `results/<run>/...`."""
-    parts = [Path(word).parts for word in words]
-    others = {ARTIFACTS.name, "downloads", "compare", "paper"}
-    return [p[1] for p in parts if len(p) > 2 and p[0] == "results" and p[1] not in others]
 
 
 def measure_files(run: Run, *, blocks: int) -> dict[str, list[str]]:

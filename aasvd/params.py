@@ -19,11 +19,16 @@ Config = Mapping[str, Any]
 SCHEMA = Path(__file__).parent.parent / "workflow" / "schemas" / "params.schema.yaml"
 DEFAULT = "default"  # the run whose model and ratio are those of params.yaml
 RUN = re.compile(r"(?P<model>.+)_r(?P<ratio>[0-9.]+)(?P<parts>(?:_[A-Za-z0-9-]+){,2})")
+_COMPARISON = re.compile(r"((?P<table>[^/]+)/)?(?P<model>[^/]+)_r(?P<ratios>[0-9.]+(-[0-9.]+)*)")
 
 _POWER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")  # a number that YAML 1.1 may take for a string
 
-# What is kept of artifacts that runs share: no run's own settings.
-_KEPT = {"calibration": "keep_activations", "compression": "keep_factors"}
+# No run's own settings: keys leave them out, so that runs share artifacts whatever they say.
+_SHARED = {
+    "calibration": ("keep_activations", "batch"),
+    "compression": ("keep_factors",),
+    "evaluation": ("batch",),
+}
 
 
 class Run(NamedTuple):
@@ -43,8 +48,18 @@ class Run(NamedTuple):
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Read a params.yaml with numbers as Snakemake's side of the pipeline has them, not yet validated."""
-    config = yaml.safe_load(path.read_text())
+    """Read a params.yaml with numbers as Snakemake's side of the pipeline has them, not yet validated.
+
+    Raises:
+        ValueError: If the file is not YAML.
+    """
+    try:
+        config = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or what looks like a date
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        reason = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise ValueError(f"{path}{line}: not YAML: {reason}") from error
     read_strings(config)
     return config
 
@@ -54,11 +69,15 @@ def read_strings(config: dict[str, Any]) -> None:
 
     Snakemake leaves the values inside a mapping given to `--config` as strings: they are read as YAML, so
     that `evaluation={limit: 500}` gives a number. YAML itself takes 1e-4, without a point, for a string.
+    One that is not YAML either stays, for `validate` to refuse.
     """
     for error in list(_validator().iter_errors(config)):
         if error.validator == "type" and isinstance(error.instance, str) and error.absolute_path:
             *parents, name = error.absolute_path
-            value = yaml.safe_load(error.instance)
+            try:
+                value = yaml.safe_load(error.instance)
+            except (yaml.YAMLError, ValueError):  # ValueError: what looks like a date
+                continue
             if error.validator_value == "number" and isinstance(value, str) and _POWER.fullmatch(value):
                 value = float(value)
             functools.reduce(lambda part, key: part[key], parents, config)[name] = value
@@ -75,10 +94,21 @@ def validate(config: Config) -> None:
     Raises:
         ValueError: Names the key, what is wrong with it and what is allowed.
     """
-    error = jsonschema.exceptions.best_match(_validator().iter_errors(config))
-    if error is not None:
+    # The most relevant one; `best_match` would go on to one of several alternatives, of which none was meant.
+    errors = _validator().iter_errors(config)
+    if error := max(errors, key=jsonschema.exceptions.relevance, default=None):
         place = ".".join(map(str, error.absolute_path)) or "top level"
-        raise ValueError(f"params.yaml: {place}: {error.message}")
+        raise ValueError(f"params.yaml: {place}: {_explained(error)}")
+    for kind in ("models", "texts"):
+        for name, source in config[kind].items():
+            acting = _source_keys(kind, source)
+            if idle := [key for key in source if key not in acting]:
+                raise ValueError(
+                    f"params.yaml: {kind}.{name}.{idle[0]}: does nothing beside {acting[0]}; "
+                    f"such a {kind[:-1]} has {', '.join(acting)}"
+                )
+    if config["data_dir"] and not Path(config["data_dir"]).expanduser().is_dir():
+        raise ValueError(f'params.yaml: data_dir: {config["data_dir"]!r} is no folder; "" uses the hub')
     overrides = dict(_overrides(config))
     for place, section in {"": config, **overrides}.items():
         for piece, known in (("objective", OBJECTIVES), ("allocation", ALLOCATIONS)):
@@ -101,12 +131,13 @@ def validate(config: Config) -> None:
     for place, section in overrides.items():
         if "ratio" in section.get("compression", {}):
             raise ValueError(f"params.yaml: {place}compression.ratio: the ratio is part of a run's name")
-        for concern, key in _KEPT.items():
-            if key in section.get(concern, {}):
-                raise ValueError(
-                    f"params.yaml: {place}{concern}.{key}: runs share artifacts, "
-                    f"so only {concern}.{key} itself says whether they are kept"
-                )
+        for concern, keys in _SHARED.items():
+            for key in keys:
+                if key in section.get(concern, {}):
+                    raise ValueError(
+                        f"params.yaml: {place}{concern}.{key}: runs share artifacts whatever it is, "
+                        f"so only {concern}.{key} itself counts"
+                    )
         for name in section.get("methods", {}):
             choose(name, config["methods"], "method")
     if twice := sorted(set(config["methods"]) & set(config["variants"])):
@@ -118,6 +149,29 @@ def validate(config: Config) -> None:
             for name in compared[kind]:
                 if name or kind == "methods":  # "" stands for no variant
                     choose(name, config[kind], kind[:-1])
+
+
+def _explained(error: jsonschema.ValidationError) -> str:
+    """Return what is wrong with a value, and what is allowed."""
+    schema: Any = error.schema
+    expected = schema.get("description", "").removesuffix(".")
+    if error.validator in ("pattern", "oneOf"):
+        return f"{error.instance!r} does not match; expected: {expected}"
+    if error.validator == "type" and "oneOf" in schema:
+        return f"{error.message}; expected: {expected}"
+    if error.validator in ("additionalProperties", "type") and "properties" in schema:
+        return f"{error.message}; there are {', '.join(schema['properties'])}"
+    return error.message
+
+
+def _source_keys(kind: str, source: Mapping[str, str]) -> tuple[str, ...]:
+    """Return the keys that act on a source of `models` or `texts` (aasvd.sources)."""
+    model = kind == "models"
+    if "hub" in source:
+        return ("hub", "revision") if model else ("hub", "config", "revision")
+    if "package" in source:
+        return ("package", "file", "sha256", "dtype") if model else ("package", "file", "sha256")
+    return ("path", "sha256", "dtype") if model and source["path"].endswith(".gguf") else ("path",)
 
 
 def _overrides(config: Config) -> Iterable[tuple[str, Config]]:
@@ -155,11 +209,11 @@ def parse_comparison(config: Config, name: str) -> Comparison:
         ValueError: If the name has another form, a variant would make all methods the same, or no run is
             left.
     """
-    table, named, runs_of = name.rpartition("/")
-    model, separator, ratios = runs_of.rpartition("_r")
-    if not separator:
+    match = _COMPARISON.fullmatch(name)
+    if match is None:
         raise ValueError(f"comparison {name!r} must have the form [<table>/]<model>_r<ratio>[-<ratio>...]")
-    compared = choose(table, config["comparisons"], "comparison") if named else config["comparison"]
+    table, model, ratios = match["table"], match["model"], match["ratios"]
+    compared = choose(table, config["comparisons"], "comparison") if table else config["comparison"]
     for variant in compared["variants"]:
         if "objective" in config["variants"].get(variant, {}).get("compression", {}):
             raise ValueError(

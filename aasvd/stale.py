@@ -8,16 +8,24 @@ from aasvd import layout, params
 
 
 def stale(config: params.Config) -> list[Path]:
-    """Return the key folders that belong to no listed run and to no published run's model and ratio.
+    """Return the key folders of artifacts that no run refers to.
 
-    A run counts if params.yaml lists it or its folder lies under results/.
+    A run counts if params.yaml lists it, or if its folder lies under results/, finished or not, and today's
+    params.yaml knows what its name says.
+
+    Raises:
+        ValueError: If a key cannot be worked out.
     """
-    published = [file.parent.name for file in Path("results").glob("*/eval.json")]
+    # progress.json is there from a run's first stage on.
+    begun = [
+        file.parent.name for name in ("eval", "progress") for file in Path("results").glob(f"*/{name}.json")
+    ]
     current: set[Path] = set()
-    for name in dict.fromkeys([*config["runs"], *published]):
-        if not _is_run(config, name):
+    for name in dict.fromkeys([*config["runs"], *begun]):
+        try:
+            run = params.parse_run(config, name)
+        except ValueError:
             continue
-        run = params.parse_run(config, name)
         paths = layout.Paths(config, run)
         current |= {paths.calibration, paths.original, paths.compressed, paths.evaluation}
         current.add(paths.dense_evaluation)
@@ -34,20 +42,14 @@ def stale(config: params.Config) -> list[Path]:
     return sorted(folder for folder in folders if folder.is_dir() and folder not in current)
 
 
-def _is_run(config: params.Config, name: str) -> bool:
-    """Return whether today's params.yaml knows the model, method and variant that a folder's name says."""
-    match = params.RUN.fullmatch(name)
-    if match is None:
-        return name == params.DEFAULT
-    known = {*config["methods"], *config["variants"]}
-    return match["model"] in config["models"] and known.issuperset(match["parts"].split("_")[1:])
-
-
 def main() -> None:
     """Print stale folders and their sizes; with `--remove`, delete them."""
-    config = params.load(Path("params.yaml"))
-    params.validate(config)
-    found = stale(config)
+    try:
+        config = params.load(Path("params.yaml"))
+        params.validate(config)
+        found = stale(config)
+    except (OSError, ValueError) as error:
+        sys.exit(str(error))
     for folder in found:
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
         sys.stdout.write(f"{size / 2**20:10.1f} MB  {folder}\n")

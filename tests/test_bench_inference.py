@@ -50,6 +50,20 @@ def test_quick_run_prints_a_table_and_writes_json(tmp_path: Path, capsys: pytest
     assert "decode step" in printed
 
 
+def test_a_part_that_there_is_not_is_refused_and_overwrites_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "bench.json"
+    output.write_text("earlier")
+    with pytest.raises(SystemExit):
+        bench_inference.main(["--quick", "--only", "nothing_like_this", "--output", str(output)])
+    message = (
+        "--only 'nothing_like_this' is in no setting's name; there are tiny, float32, batch 2 x 16 tokens"
+    )
+    assert message in capsys.readouterr().err
+    assert output.read_text() == "earlier"
+
+
 def test_bars_compare_the_default_format_with_the_stock_dense_model() -> None:
     def rows(prefill: float, weights: float) -> list[dict[str, Any]]:
         ratios = {"prefill_tokens_per_second": prefill, "resident_bytes": weights}

@@ -18,10 +18,20 @@ from aasvd import command
         ("--resources=gpu=1 a", "--resources=gpu=1 a"),
         ("--set-resources rule:gpu=1 a=b", "--set-resources rule:gpu=1 a=b"),
         ("--config seed=1 --cores 1 a", "--config seed=1 --cores 1 a"),
+        ("-n --config a={b:c} results/x/eval.json", "results/x/eval.json -n --config a={b:c}"),
+        ("-C a=1 b=2 compress --cores 1", "compress -C a=1 b=2 --cores 1"),
+        ("--config=a=1 b", "--config=a=1 b"),
+        ("--configfile more.yaml results/x/eval.json -n", "results/x/eval.json --configfile more.yaml -n"),
+        (
+            "--configfiles a.yaml b results/c.yaml results/x",
+            "results/x --configfiles a.yaml b results/c.yaml",
+        ),
+        ("--configfile a.yaml -- results/x", "--configfile a.yaml -- results/x"),
+        ("--config a=1 --configfile b.yaml results/x", "results/x --config a=1 --configfile b.yaml"),
         ("", ""),
     ],
 )
-def test_only_targets_after_resources_move(line: str, expected: str) -> None:
+def test_only_targets_after_greedy_options_move(line: str, expected: str) -> None:
     assert command.targets_first(line.split()) == expected.split()
 
 

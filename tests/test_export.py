@@ -71,6 +71,15 @@ def test_what_cannot_be_merged(tmp_path: Path) -> None:
     assert not (tmp_path / "merged").exists()
 
 
+def test_the_command_says_in_one_line_what_cannot_be_merged(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as raised:
+        export.main([str(tmp_path / "nothing"), str(tmp_path / "merged")])
+    assert (
+        raised.value.code
+        == f"{tmp_path}/nothing has no config.json: expected the folder of a compressed checkpoint"
+    )
+
+
 def test_overflow_is_an_error() -> None:
     layer = LowRankLinear.from_factors(
         torch.full((4, 1), 300.0).to(torch.float16), torch.full((1, 4), 300.0).to(torch.float16)

@@ -15,6 +15,7 @@ MODULES = [path for path in sorted(FOLDER.rglob("*.py")) if path != FOLDER / "__
 ORDER = [
     "methods",
     "params",
+    "targets",
     "identity",
     "layout",
     "artifacts",

@@ -85,14 +85,20 @@ def test_no_object_of_the_schema_takes_unknown_keys() -> None:
         (["suites", "paper", "texts"], ["nowhere"], r"unknown text 'nowhere'"),
         (["suites", "small"], {"texts": []}, r"suites\.small: '\w+' is a required property"),
         (["variants", "wild"], {"evaluation": {"suite": "best"}}, r"unknown evaluation suite 'best'"),
-        (["models", "mine"], {"path": "a", "hub": "b"}, r"models\.mine"),
-        (["models", "mine"], {"package": "tiny"}, r"models\.mine"),
-        (["models", "no/slash"], {"path": "a"}, r"models: 'no/slash' does not match"),
+        (["refinment"], {}, r"'refinment' was unexpected\); there are seed, .*refinement, post, "),
+        (["refinement"], 3, r"refinement: 3 is not of type 'object'; there are epochs, steps, .*, loss"),
+        (["models", "mine"], {"path": "a", "hub": "b"}, r"models\.mine: .*; expected: {hub: .*} \| {path: "),
+        (["models", "mine"], {"package": "a==1"}, r"models\.mine: .*; expected: .*{package: .*, file: <m"),
+        (["models", "mine"], {"package": "a", "file": "b"}, r"mine\.package: .*; expected: <name>==<vers"),
+        (["models", "mine"], {}, r"models\.mine: {} does not match; expected: {hub: <id>} \| {path: "),
+        (["models", "mine"], "org/name", r"models\.mine: 'org/name' is not .*; expected: {hub: <id>} \| "),
+        (["texts", "mine"], {"path": "a", "url": "b"}, r"texts\.mine: .*'url' .*; there are hub, config, "),
+        (["models", "no/slash"], {"path": "a"}, r"models: 'no/slash' does not match; expected: a name of"),
         (["variants", "wild"], {"refinement": {"epoch": 1}}, r"variants\.wild\.refinement: .*epoch"),
         (["variants", "wild"], {"models": {}}, r"variants\.wild: .*models"),
         (["variants", "wild"], {"evaluation": {"texts": ["nowhere"]}}, r"unknown text 'nowhere'"),
-        (["variants", "with_line"], {}, r"variants: 'with_line' does not match"),
-        (["runs"], ["smollm2-135m"], r"runs\.0: 'smollm2-135m' does not match"),
+        (["variants", "with_line"], {}, r"variants: 'with_line' does not .* digits and hyphens"),
+        (["runs"], ["smollm2-135m"], r"runs\.0: 'smollm2-135m' .* expected: default, or <model>_r<ratio>\["),
         (["runs"], ["nobody_r0.6"], r"unknown model 'nobody'; params\.yaml has llama2-13b, .*smollm2-135m"),
         (["runs"], ["llama7b_r0.6_none"], r"unknown method or variant 'none'; params\.yaml has .*paper"),
         (["runs"], ["llama7b_r1.5"], r"ratio 1\.5 must lie between 0 and 1"),
@@ -105,6 +111,8 @@ def test_no_object_of_the_schema_takes_unknown_keys() -> None:
         (["compression", "dobi", "epochs"], 0, r"compression\.dobi\.epochs: 0 is less than the minimum of 1"),
         (["variants", "wild"], {"compression": {"dobi": {"lr": 1}}}, r"wild\.compression\.dobi: .*lr"),
         (["post", "rank"], 0, r"post\.rank: 0 is less than the minimum of 1"),
+        (["data_dir"], "/nothere", r"^params\.yaml: data_dir: '/nothere' is no folder; \"\" uses the hub$"),
+        (["data_dir"], "~/nothere", r"data_dir: '~/nothere' is no folder"),
         (["seed"], -1, r"seed: -1 is less than the minimum of 0"),
     ],
 )  # fmt: skip
@@ -119,6 +127,44 @@ def test_a_mistake_is_one_line_that_names_the_key(
         params.validate(config)
     assert "\n" not in str(raised.value)
     assert len(str(raised.value)) < 700  # names of all methods and variants among them
+
+
+@pytest.mark.parametrize(
+    ("kind", "source", "key"),
+    [
+        ("models", {"hub": "a/b", "config": "c"}, "config"),
+        ("models", {"hub": "a/b", "file": "c"}, "file"),
+        ("models", {"hub": "a/b", "dtype": "float32"}, "dtype"),
+        ("models", {"path": "folder", "dtype": "float32"}, "dtype"),
+        ("models", {"path": "folder", "sha256": "0" * 64}, "sha256"),
+        ("models", {"path": "a.gguf", "revision": "main"}, "revision"),
+        ("models", {"package": "a==1", "file": "b.gguf", "revision": "main"}, "revision"),
+        ("texts", {"hub": "a/b", "sha256": "0" * 64}, "sha256"),
+        ("texts", {"path": "a.txt", "sha256": "0" * 64}, "sha256"),
+        ("texts", {"path": "a", "config": "c"}, "config"),
+        ("texts", {"package": "a==1", "file": "b.txt", "dtype": "float32"}, "dtype"),
+    ],
+)
+def test_a_key_that_does_nothing_for_a_source_is_refused(
+    config: Config, kind: str, source: Config, key: str
+) -> None:
+    config[kind]["mine"] = source
+    place = rf"^params\.yaml: {kind}\.mine\.{key}"
+    with pytest.raises(ValueError, match=rf"{place}: does nothing beside (\w+); such a {kind[:-1]} has \1"):
+        params.validate(config)
+    del source[key]
+    params.validate(config)
+
+
+def test_a_source_may_have_every_key_that_acts_on_it(config: Config) -> None:
+    member = {"package": "a==1", "file": "b", "sha256": "0" * 64}
+    config["models"] |= {
+        "far": {"hub": "a/b", "revision": "main"},
+        "file": {"path": "a.gguf", "sha256": "0" * 64, "dtype": "float16"},
+        "packed": member | {"dtype": "float32"},
+    }
+    config["texts"] |= {"far": {"hub": "a/b", "config": "c", "revision": "main"}, "packed": member}
+    params.validate(config)
 
 
 def test_a_line_makes_a_new_objective_or_allocation_known(
@@ -173,12 +219,33 @@ def test_the_default_run_takes_model_and_ratio_from_params_and_shares_the_named_
             {"variants": {"lean": {"compression": {"keep_factors": False}}}},
             r"variants\.lean\.compression\.keep_factors: runs share",
         ),
+        (
+            {"variants": {"lean": {"calibration": {"batch": 1}}}},
+            r"variants\.lean\.calibration\.batch: runs share .* only calibration\.batch itself",
+        ),
+        (
+            {"variants": {"lean": {"methods": {"svd": {"evaluation": {"batch": 1}}}}}},
+            r"lean\.methods\.svd\.evaluation\.batch: runs share .* only evaluation\.batch itself",
+        ),
         ({"runs": ["default_paper"]}, r"runs\.0: 'default_paper' does not match"),
     ],
 )
 def test_a_mistaken_default_run_is_named(config: Config, change: Config, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         params.validate(config | change)
+
+
+def test_a_data_dir_below_home_is_a_folder(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "data").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    params.validate(config | {"data_dir": "~/data"})
+
+
+def test_variants_have_their_own_batches_in_training(config: Config) -> None:
+    own = {"refinement": {"batch": 1}, "post": {"batch": 1}, "compression": {"dobi": {"batch": 2}}}
+    params.validate(config | {"variants": config["variants"] | {"lean": own}})
 
 
 def test_variants_are_found_by_what_they_change(config: Config) -> None:
@@ -407,6 +474,16 @@ def test_one_comparison_shows_every_rule_of_allocation(config: Config) -> None:
         params.parse_comparison(config, "ranks/smollm2-135m_r0.6")
 
 
+@pytest.mark.parametrize(
+    "name", ["llama7b_r0.8-abc", "llama7b_r0.8-", "llama7b_r", "llama7b", "_r0.8", "a/b/llama7b_r0.8"]
+)
+def test_a_malformed_comparison_is_refused(config: Config, name: str) -> None:
+    with pytest.raises(
+        ValueError, match=r"must have the form \[<table>/\]<model>_r<ratio>\[-<ratio>\.\.\.\]"
+    ):
+        params.parse_comparison(config, name)
+
+
 @pytest.mark.parametrize("variant", ["paper", "anchored", "agnostic-norefine"])
 def test_a_variant_that_makes_one_of_all_methods_is_refused(config: Config, variant: str) -> None:
     with pytest.raises(ValueError, match=rf"variant '{variant}' sets compression\.objective, "):
@@ -468,6 +545,42 @@ def test_values_inside_a_mapping_on_the_command_line_are_read_as_yaml(local: Con
     assert local["calibration"]["keep_activations"] is False
     assert local["refinement"]["learning_rate"] == "many"  # for `validate` to refuse
     assert local["model"] == "123"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"evaluation": "{suite: paper"}, r"evaluation: '\{suite: paper' is not of type 'object'"),
+        (
+            {"evaluation": {"limit": "1: 2: 3"}},
+            r"evaluation\.limit: '1: 2: 3' is not of type 'integer', 'null'",
+        ),
+        ({"calibration": {"tokens": "2024-13-45"}}, r"calibration\.tokens: '2024-13-45' is not of type"),
+    ],
+)
+def test_a_value_on_the_command_line_that_is_not_yaml_is_named(
+    local: Config, given: Config, message: str
+) -> None:
+    config = params.merged(local, given)
+    params.read_strings(config)
+    with pytest.raises(ValueError, match=message):
+        params.validate(config)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("seed: 0\nmodels: {mine: {path: a}\nruns: []\n", r"params\.yaml, line 3: not YAML: expected"),
+        ("seed: 0\n\truns: []\n", r"params\.yaml, line 2: not YAML: found character"),
+        ("seed: \x00", r"params\.yaml: not YAML: .*special characters"),
+        ("seed: 2024-13-45", r"params\.yaml: not YAML: month must be in"),
+    ],
+)
+def test_a_file_that_is_not_yaml_is_named_with_its_line(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "params.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message) as raised:
+        params.load(tmp_path / "params.yaml")
+    assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize(

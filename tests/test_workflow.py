@@ -465,7 +465,26 @@ def test_the_command_that_remakes_an_artifact_remakes_it_alone(finished_copy: Co
             r"unknown method or variant 'fast'; params\.yaml has .*norefine",
         ),
         (["results/tiny/eval.json"], r"must have the form <model>_r<ratio>"),
+        (["results/tiny_r0.6"], r"no rule makes results/tiny_r0\.6: ask for results/tiny_r0\.6/eval\.json"),
+        (["results/tiny_r0.6/evals.json"], r"no rule makes .*: ask for results/tiny_r0\.6/eval\.json"),
+        (
+            ["results/compare/tiny_r0.8-abc.html"],
+            r"'tiny_r0\.8-abc' must have the form \[<table>/\]<model>_r<r",
+        ),
+        (["results/compare/tiny_r0.8.pdf"], r"\.pdf must have the form .*\.html \(or \.md, \.tex, \.parquet"),
+        (["results/paper/mian/tiny_r0.8.html"], r"has no 'mian'; there are main, pruning, .*, layers"),
+        (["results/paper/depth/tiny_r0.8.html"], r"must have the form .*/<model>_r<ratio>\.png \(or \.svg\)"),
+        (["results/paper/main/tiny_r0.8-1.html"], r"ratio 1 must lie between 0 and 1"),
         (["--configfile", "wrong.yaml"], r"calibration\.sequences: 'many' is not of type 'integer'"),
+        (
+            ["--config", "evaluation={suite: paper", "results/tiny_r0.6/eval.json"],
+            r"evaluation: '\{suite: paper' is not of type 'object'; there are suite, texts,",
+        ),
+        (
+            ["--configfile", "params.yaml", "results/nobody_r0.6/eval.json"],
+            r"unknown model 'nobody'; params\.yaml has .*tiny",
+        ),
+        (["--config", "data_dir=/nothere"], r"data_dir: '/nothere' is no folder"),
     ],
 )
 def test_a_mistaken_command_is_one_message(

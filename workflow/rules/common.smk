@@ -9,7 +9,7 @@ import sys
 
 from snakemake.exceptions import WorkflowError
 
-from aasvd import identity, layout, methods, params, workers
+from aasvd import identity, layout, methods, params, targets, workers
 
 CACHE = "results/downloads"
 ARTIFACTS = str(layout.ARTIFACTS)
@@ -43,9 +43,7 @@ def checked(function, *args, **kwargs):
 
 params.read_strings(config)
 checked(params.validate, config)
-# A mistyped run is found here, in one line, rather than deep inside the graph. Snakemake tells a Snakefile no targets.
-for run in layout.named_runs(sys.argv[1:]):
-    checked(params.parse_run, config, run)
+checked(targets.check, config, sys.argv[1:])  # Snakemake tells a Snakefile no targets
 
 
 # Every job asks for its run a few times, and working out a key reads local models and texts.

@@ -1,13 +1,12 @@
 """The paper's tables and figures, each a target of its own under results/paper/ (docs/evaluation.md)."""
 
 RUNS = "results/runs.parquet"  # tables and figures gather it anew before they read it
-TABLES = r"main|pruning|breakdown|models|ablation"
 SWEEP = {"calibration": ["sequences"]}
 ABLATION = {"compression": ["objective", "blend", "ridge", "allocation"], "refinement": ["epochs"]}
 
 
 wildcard_constraints:
-    table=TABLES,
+    table="|".join(targets.TABLES),
     names=r"[A-Za-z0-9][A-Za-z0-9._+-]*",
     ratios=r"[0-9.]+(-[0-9.]+)*",
     ratio=r"[0-9.]+",
