@@ -1,6 +1,6 @@
 """Where each artifact of a run lies; imports nothing heavy.
 
-An artifact's path names everything it was made from (design section 3), so that nothing ever depends on
+An artifact's path names everything it was made from, so that nothing ever depends on
 file times: `results/artifacts/<phase>/<model>/<key>/...`. Phases come first because each is an output of
 one DVC stage, and those must not overlap.
 """
