@@ -18,7 +18,13 @@ from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 from transformers.initialization import no_init_weights
@@ -27,6 +33,26 @@ from aasvd import attention
 from aasvd.artifacts import DamagedArtifactError, read_json, remake_command
 from aasvd.capture import sharing
 from aasvd.likelihood import token_losses
+
+# Left unset, transformers asks whether code that a folder brings along may run, in the middle of a stage.
+_OPENING: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+
+
+def open_config(folder: Path) -> PreTrainedConfig:
+    """Return the configuration of a model folder; its own code is never run."""
+    config: PreTrainedConfig = AutoConfig.from_pretrained(folder, **_OPENING)
+    return config
+
+
+def open_tokenizer(folder: Path) -> Any:
+    """Return the tokenizer of a model folder; its own code is never run."""
+    return AutoTokenizer.from_pretrained(folder, **_OPENING)
+
+
+def open_model(folder: Path, *, dtype: torch.dtype) -> PreTrainedModel:
+    """Return the whole causal model of a folder, dense or compressed; its own code is never run."""
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **_OPENING)
+    return model
 
 
 class Source:
@@ -98,10 +124,12 @@ def skeleton(folder: Path) -> Skeleton:
         ValueError: If the model has no list of equal blocks, or its blocks hold no linear layer.
     """
     attention.register()
-    config = AutoConfig.from_pretrained(folder)
+    config = open_config(folder)
     # Drawing random numbers for weights that are not there takes longer than all else.
     with no_init_weights(), init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME)
+        model = AutoModelForCausalLM.from_config(
+            config, attn_implementation=attention.NAME, trust_remote_code=False
+        )
     model.tie_weights()
     model.eval()
     lists = {

@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
-from aasvd import layout, params
+from aasvd import blocks, layout, params
 from aasvd.artifacts import read_json
 from aasvd.device import compute_device, process_memory
 from aasvd.evaluate import MeasurementError
@@ -66,7 +65,7 @@ def estimate(folder: Path, *, linears: int, parameters: int, context: int) -> Es
         parameters: Parameters in all.
         context: Tokens.
     """
-    config = AutoConfig.from_pretrained(folder).get_text_config()
+    config = blocks.open_config(folder).get_text_config()
     heads = config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     shared = getattr(config, "num_key_value_heads", None) or heads
@@ -165,7 +164,7 @@ def measure(folder: Path, *, context: int) -> dict[str, Any]:
 def _run(folder: str, context: int) -> dict[str, Any]:
     device = compute_device()
     before = _used(device)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=_DTYPE).to(device).eval()
+    model = blocks.open_model(Path(folder), dtype=_DTYPE).to(device).eval()
     vocabulary = model.config.get_text_config().vocab_size
     ids = torch.arange(context, device=device)[None] % vocabulary
     output = model(input_ids=ids, use_cache=True, logits_to_keep=1)

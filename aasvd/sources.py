@@ -152,10 +152,11 @@ def describe_tensors(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def _require_dense(folder: Path) -> None:
-    """Check that a folder's config.json describes a model whose weights are plain matrices.
+    """Check that a folder's config.json describes a model of transformers whose weights are plain matrices.
 
     Raises:
-        SourceError: If there is none, it cannot be read, or the model is quantized or compressed already.
+        SourceError: If there is none, it cannot be read, the model needs code of its own, or it is quantized
+            or compressed already.
     """
     file = folder / "config.json"
     if not file.is_file():
@@ -164,12 +165,33 @@ def _require_dense(folder: Path) -> None:
         config = json.loads(file.read_bytes())
     except ValueError as error:
         raise SourceError(f"{file} is not JSON: {error}") from error
-    quantization = config.get("quantization_config") if isinstance(config, dict) else None
+    if not isinstance(config, dict):
+        raise SourceError(f"{file} holds no JSON object")
+    if config.get("auto_map"):
+        _require_known(folder, config.get("model_type"))
+    quantization = config.get("quantization_config")
     if quantization is not None:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else None
         raise SourceError(
             f"{folder} holds a model that is quantized or compressed already ({method or 'unknown method'}: "
             "quantization_config in its config.json); name the dense model that it was made from instead"
+        )
+
+
+def _require_known(folder: Path, model_type: object) -> None:
+    """Check that transformers itself has a model that brings code along.
+
+    Raises:
+        SourceError: If it has not.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as KNOWN
+
+    # Some brought code along before transformers had them, and still do (Phi-3): transformers' own is used.
+    if model_type not in KNOWN:
+        raise SourceError(
+            f"{folder} holds a model that needs its own code (auto_map in its config.json), which is never "
+            f"run: transformers has no causal model of type {model_type!r}; name one that it has, or convert "
+            "this one to such"
         )
 
 
@@ -235,9 +257,11 @@ def _convert_gguf(path: Path, *, dtype: torch.dtype, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     _log.info("converting %s to safetensors", path.name)
+    # Code that lies beside the file is never run.
+    gguf: dict[str, Any] = {"gguf_file": path.name, "trust_remote_code": False}
     with _parsing_once():
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, **gguf)
+        model = AutoModelForCausalLM.from_pretrained(path.parent, **gguf, dtype=torch.float32)
     # The weights are no longer quantized, but transformers still marks the model so and refuses to save it.
     del model.config.quantization_config
     model.hf_quantizer = None
@@ -247,7 +271,8 @@ def _convert_gguf(path: Path, *, dtype: torch.dtype, folder: Path) -> None:
     model.to(dtype).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     probe = "Dr. O'Neil paid $1,234.50 — naïve? 你好\n\n  def f(x):\treturn x**2"
-    expected, found = tokenizer(probe).input_ids, AutoTokenizer.from_pretrained(folder)(probe).input_ids
+    again = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    expected, found = tokenizer(probe).input_ids, again(probe).input_ids
     if found != expected:
         raise SourceError(
             f"the tokenizer of {path.name} does not survive saving: {found} instead of {expected}"

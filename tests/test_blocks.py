@@ -1,3 +1,6 @@
+import contextlib
+import functools
+import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,10 +12,20 @@ from architectures import SIZES, TINY, tiny_config, tiny_model
 from safetensors.torch import load_file, save_file
 from stored import CPU, TOKENS, WIDTH, Stored, describe, random_tokens, store
 from torch import Tensor, nn
-from transformers import GPT2Config, PreTrainedModel
+from transformers import GPT2Config, PreTrainedModel, PreTrainedTokenizerFast
+from workflow_copy import trained_tokenizer
 
 from aasvd.artifacts import DamagedArtifactError
-from aasvd.blocks import Source, embed, linears, load_block, skeleton
+from aasvd.blocks import (
+    Source,
+    embed,
+    linears,
+    load_block,
+    open_config,
+    open_model,
+    open_tokenizer,
+    skeleton,
+)
 
 LLAMA_GROUPS = [
     ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
@@ -195,6 +208,38 @@ def test_arguments_differ_between_sliding_and_full_attention(stored: Callable[[s
     # Token 19 sees 8 tokens through the window; a mask of None means all before it.
     assert int(sliding["attention_mask"][0, 0, -1].sum()) == 8
     assert full["attention_mask"] is None or int(full["attention_mask"][0, 0, -1].sum()) == TOKENS
+
+
+def test_a_folders_own_code_is_not_run_whatever_is_answered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_model("llama").save_pretrained(tmp_path)
+    PreTrainedTokenizerFast(tokenizer_object=trained_tokenizer(["some words"])).save_pretrained(tmp_path)
+    (tmp_path / "mine.py").write_text(
+        f"open({str(tmp_path / 'ran')!r}, 'w')\n"
+        "from transformers import LlamaConfig as Config, LlamaForCausalLM as Mine\n"
+        "from transformers import PreTrainedTokenizerFast as Words\n"
+    )
+    for name, change in {
+        "config.json": {
+            "model_type": "mine",
+            "auto_map": {"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Mine"},
+        },
+        "tokenizer_config.json": {
+            "tokenizer_class": "Words",
+            "auto_map": {"AutoTokenizer": [None, "mine.Words"]},
+        },
+    }.items():
+        described = json.loads((tmp_path / name).read_text())
+        (tmp_path / name).write_text(json.dumps({**described, **change}))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    opening: list[Callable[[Path], object]] = [
+        skeleton, open_config, open_tokenizer, functools.partial(open_model, dtype=torch.float32),
+    ]  # fmt: skip
+    for function in opening:
+        with contextlib.suppress(ValueError):
+            function(tmp_path)
+    assert not (tmp_path / "ran").exists()
 
 
 # What cannot be compressed

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from aasvd import blocks, checkpoint, compress, formats, objectives, progress, units
 from aasvd.artifacts import Activations, read_json, read_tensors, writing_activations
@@ -145,10 +145,8 @@ def statistics_of(
 def load_model(folder: Path, settings: Mapping[str, Any]) -> tuple[PreTrainedModel, Any]:
     """Load a model to be run whole, on this machine's device and in its float type, and its tokenizer."""
     device = compute_device()
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=compute_dtype(settings["dtype"], device)).to(
-        device
-    )
-    return model, AutoTokenizer.from_pretrained(folder)
+    model = blocks.open_model(folder, dtype=compute_dtype(settings["dtype"], device))
+    return model.to(device), blocks.open_tokenizer(folder)
 
 
 def model_folder(model: str) -> Path:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer
 
 from aasvd import blocks, calibration, compress, gradients
 from aasvd.artifacts import Activations, read_table, write_tensors, writing_activations
@@ -24,12 +23,12 @@ def sample_calibration(
     """Sample calibration tokens from a text."""
     with stage("sample calibration", log=Path(log), record=None, advice=PASSES):
         folder = blocks.Source(Path(source)).folder
-        config = AutoConfig.from_pretrained(folder)
+        config = blocks.open_config(folder)
         if reason := too_long(settings["tokens"], config, setting="calibration.tokens"):
             raise ValueError(reason)
         tokens = calibration.sample(
             read_table(Path(text)),
-            AutoTokenizer.from_pretrained(folder),
+            blocks.open_tokenizer(folder),
             sequences=settings["sequences"],
             tokens=settings["tokens"],
             sampling=settings["sampling"],
