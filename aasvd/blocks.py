@@ -30,7 +30,7 @@ from transformers.core_model_loading import WeightRenaming
 from transformers.initialization import no_init_weights
 
 from aasvd import attention
-from aasvd.artifacts import DamagedArtifactError, read_json, remake_command
+from aasvd.artifacts import DamagedArtifactError, digest, read_json, remake_command
 from aasvd.capture import sharing
 from aasvd.likelihood import token_losses
 
@@ -59,11 +59,26 @@ class Source:
     """A dense model on disk, read one tensor at a time, each verified against its recorded checksum."""
 
     def __init__(self, path: Path) -> None:
-        """Open the model that a `source.json` describes."""
+        """Open the model that a `source.json` describes, and verify all of it but the weights.
+
+        Raises:
+            DamagedArtifactError: If a file, such as config.json, is not the one that was fetched.
+        """
         record = read_json(path)
-        self._path = path
+        self._remedy = f"fetch it again with\n    {remake_command(path)}"
         self.folder = path.parent / record["folder"]
         self.tensors: dict[str, dict[str, Any]] = record["tensors"]
+        for name, expected in record["files"].items():
+            if digest(self._existing(name)) != expected:
+                raise DamagedArtifactError(
+                    f"{self.folder / name} is damaged: it is not the file that was fetched; {self._remedy}"
+                )
+
+    def _existing(self, name: str) -> Path:
+        file = self.folder / name
+        if not file.exists():
+            raise DamagedArtifactError(f"{file} is missing; {self._remedy}")
+        return file
 
     def read(self, name: str) -> Tensor:
         """Return one tensor in its stored type.
@@ -76,19 +91,16 @@ class Source:
             some = ", ".join(sorted(self.tensors)[:3])
             raise ValueError(f"{self.folder} has no tensor {name}; it has e.g. {some}")
         entry = self.tensors[name]
-        file = self.folder / entry["file"]
-        remedy = f"fetch it again with\n    {remake_command(self._path)}"
-        if not file.exists():
-            raise DamagedArtifactError(f"{file} is missing; {remedy}")
+        file = self._existing(entry["file"])
         try:
             with safe_open(file, framework="pt") as stream:
                 tensor: Tensor = stream.get_tensor(name)
         except SafetensorError as error:
-            raise DamagedArtifactError(f"{file} is damaged ({error}); {remedy}") from error
+            raise DamagedArtifactError(f"{file} is damaged ({error}); {self._remedy}") from error
         # Flat, since a single number has no bytes to view: old GPT-NeoX files hold such.
         if hashlib.sha256(tensor.reshape(-1).view(torch.uint8).numpy().data).hexdigest() != entry["sha256"]:
             raise DamagedArtifactError(
-                f"{file} is damaged: tensor {name} is not the one that was fetched; {remedy}"
+                f"{file} is damaged: tensor {name} is not the one that was fetched; {self._remedy}"
             )
         return tensor
 

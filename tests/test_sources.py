@@ -127,6 +127,9 @@ def test_local_model_stays_where_it_is_and_every_tensor_is_described(
             assert entry["shape"] == list(tensor.shape)
             assert entry["sha256"] == hashlib.sha256(tensor.view(torch.uint8).numpy().tobytes()).hexdigest()
     assert not described
+    assert {"config.json", "model.safetensors.index.json"} <= set(record["files"])
+    for name, expected in record["files"].items():
+        assert hashlib.sha256((model_folder / name).read_bytes()).hexdigest() == expected
 
 
 def test_a_relative_path_is_recorded_as_absolute(
