@@ -231,7 +231,8 @@ class Activations:
                     )
         return batch
 
-    def batches(self, size: int) -> Iterator[Tensor]:
-        """Yield all sequences in order, `size` at a time."""
-        for start in range(0, len(self), size):
-            yield self.read(list(range(start, min(start + size, len(self)))))
+    def batches(self, size: int, *, first: int | None = None) -> Iterator[Tensor]:
+        """Yield all sequences, or so many of the first, in order, `size` at a time."""
+        count = len(self) if first is None else min(first, len(self))
+        for start in range(0, count, size):
+            yield self.read(list(range(start, min(start + size, count))))

@@ -19,7 +19,7 @@ VERSIONS = {
     "text": 1,
     "task": 1,
     "calibration": 5,
-    "compression": 6,
+    "compression": 7,
     "evaluation": 3,
     "positions": 1,
     "post": 2,

@@ -154,6 +154,8 @@ def peaks(records: Iterable[Mapping[str, Any]]) -> dict[str, float]:
 def blocks(records: Iterable[Mapping[str, Any]]) -> list[dict[str, float]]:
     """Return the distortion of every block's output: solved, where refinement followed, and as it ended up.
 
+    `sequences_solved` says of how many sequences the former is; the latter is of all.
+
     Args:
         records: Records of all stages; those of refinement hold `before`, of propagation `after`.
     """

@@ -265,6 +265,16 @@ def test_artifact_never_exists_without_its_checksum(tmp_path: Path, monkeypatch:
 # Activations
 
 
+@pytest.mark.parametrize(("first", "expected"), [(None, 5), (3, 3), (9, 5)])
+@pytest.mark.parametrize("batch", [1, 2, 7])
+def test_so_many_of_the_first_sequences(tmp_path: Path, batch: int, first: int, expected: int) -> None:
+    x = torch.arange(30, dtype=torch.float32).view(5, 3, 2)
+    write_tensors(tmp_path / "x", {"activations": x})
+    found = list(Activations(tmp_path / "x").batches(batch, first=first))
+    assert torch.equal(torch.cat(found), x[:expected])
+    assert all(len(some) <= batch for some in found)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("batch", [1, 2, 7])
 def test_writing_in_batches_equals_writing_at_once(tmp_path: Path, dtype: torch.dtype, batch: int) -> None:

@@ -26,7 +26,7 @@ from aasvd.artifacts import (
 )
 from aasvd.device import compute_dtype
 from aasvd.layout import failure_file
-from aasvd.stages import evaluation, publication, stage
+from aasvd.stages import compression, evaluation, publication, stage
 
 CPU = torch.device("cpu")
 CALIBRATION: dict[str, Any] = {"dtype": "float32", "batch": 2}
@@ -367,6 +367,26 @@ def test_refinement_that_makes_a_block_worse_is_not_kept(chain: Callable[..., Ch
     assert solved.keys() < kept.keys()
     assert all(torch.equal(solved[name], kept[name]) for name in solved)
     assert "solved factors stay" in Path(run.path("log")).read_text()
+
+
+def test_what_decides_on_refinement_does_not_depend_on_the_batch(
+    chain: Callable[..., Chain], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The batch is in no key, so results may not tell it."""
+    monkeypatch.setattr(compression, "_MEASURED", 2)
+    run = chain("llama")
+    run.original()
+    run.solve(0)
+    found = []
+    for batch in (1, 2, 3):
+        monkeypatch.setitem(CALIBRATION, "batch", batch)
+        run.refine(0)
+        found.append(read_json(Path(run.path("refine0.json"))))
+    for record in found:
+        assert record["before"] == pytest.approx({**found[0]["before"], "sequences": 2}, rel=1e-4)
+        assert record["refined"] == pytest.approx(found[0]["refined"], rel=1e-4)
+    run.propagate(0)
+    assert read_json(Path(run.path("propagate0.json")))["after"]["mse"] != found[0]["refined"]["mse"]
 
 
 def test_a_stage_repeated_gives_the_same_bytes_and_records_itself(chain: Callable[..., Chain]) -> None:

@@ -2,7 +2,6 @@
 
 import copy
 import logging
-import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -136,9 +135,11 @@ def refine_block(
             "device": around.device,
         }
         solved_block = around.compressed(factors, around.dtype)
-        # On some sequences: a pass over all of them would take as long as many steps.
-        some: dict[str, Any] = {"batch": around.batch, "batches": math.ceil(_MEASURED / around.batch)}
+        # On some sequences: a pass over all of them would take as long as many steps. On the same ones
+        # whatever the batch is, which is in no key: they decide which factors stay.
+        some: dict[str, Any] = {"batch": around.batch, "first": _MEASURED}
         measured["before"] = refine.distortion(solved_block, **streams, **some)
+        measured["before"]["sequences"] = min(_MEASURED, len(x))
         recipe, gone = refine.Recipe(**refinement), pruned(factors)
         linears = blocks.linears(around.parts.blocks[index])
         if all(gone.get(name) == [0, 0] for name in linears) or measured["before"][recipe.loss] == 0:
@@ -214,6 +215,7 @@ def _block_line(around: Block, after: Mapping[str, float], *, seconds: float) ->
         f"{metric} " + (f"{before[metric]:.4g} → " if before else "") + f"{after[metric]:.4g}"
         for metric in ("mse", "cosine")
     )
+    distortion += f" (solved: {before['sequences']:.0f} sequences)" if before else ""
     seconds += sum(record["seconds"] for record in made)
     peak = max([peak_memory_mb(), *(record["peak_memory_mb"] for record in made)])
     left = seconds_left(around.folder.parent, done=around.index + 1, count=around.count) or 0.0
