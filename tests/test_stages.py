@@ -15,8 +15,9 @@ from stored import TOKENS, describe, random_tokens
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from workflow_copy import trained_tokenizer
 
-from aasvd import calibration, checkpoint, evaluate, provenance, sources, stages
+from aasvd import blocks, calibration, checkpoint, evaluate, provenance, sources, stages
 from aasvd.artifacts import (
+    Activations,
     DamagedArtifactError,
     read_json,
     read_table,
@@ -513,6 +514,32 @@ def test_auto_is_bfloat16_where_it_is_fast(monkeypatch: pytest.MonkeyPatch) -> N
     assert compute_dtype("auto", CPU) == torch.bfloat16
 
 
+def test_blocks_go_on_in_the_type_of_their_activations(
+    chain: Callable[..., Chain], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One machine begins, another one, that is fast in another type, goes on: keys know only `auto`."""
+    monkeypatch.setitem(CALIBRATION, "dtype", "auto")
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    run = chain("llama")
+    run.original()
+    used: list[torch.dtype] = []
+    load = blocks.load_block
+
+    def loaded(*arguments: Any, dtype: torch.dtype, **others: Any) -> Any:
+        used.append(dtype)
+        return load(*arguments, dtype=dtype, **others)
+
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    monkeypatch.setattr(blocks, "load_block", loaded)
+    run.solve(0)
+    run.refine(0)
+    run.propagate(0)
+    assert Activations(Path(run.path("s1"))).dtype == torch.bfloat16
+    # The first is what is solved, the last what activations go through; refinement trains in float32.
+    assert used[0] == used[-1] == torch.bfloat16
+
+
 def test_a_linked_folder_stores_no_byte_twice_and_replaces_what_was_there(tmp_path: Path) -> None:
     source, target = tmp_path / "source", tmp_path / "target"
     for folder in (source, target):
@@ -610,7 +637,7 @@ def test_a_measurement_names_its_failure_and_forgets_it_once_it_works(
         assert record.get("error") == error
         assert failure_file(output).exists() == (error is not None)
         write_table(text, pa.table({"text": ["some words"]}))
-    assert record["measurement"] == {"perplexity": 9.0}
+    assert record["measurement"] == {"perplexity": 9.0, "dtype": "float32"}
 
 
 @pytest.mark.parametrize("name", ["opt", "llama"])  # learned and rotary positions

@@ -43,13 +43,13 @@ def solve_block(
 ) -> None:
     """Solve one block's factors, or prune it; statistics that the objective does not need are None."""
     with stage(f"solve block {index}", log=Path(log), record=Path(record), advice=PASSES) as measured:
-        around = Block(source, index, calibration, record=record)
+        x, x_shifted = (Activations(Path(file)) if file else None for file in (original, shifted))
+        around = Block(source, index, calibration, record=record, like=x_shifted)
         named = read_json(Path(ranks))["ranks"]
         chosen = {name: named[f"{index}.{name}"] for name in blocks.linears(around.parts.blocks[index])}
         if compression["objective"] == "wanda_sp":
-            return write_tensors(
-                Path(output), _wanda_sp(around, Activations(Path(shifted or "")), chosen, measured)
-            )
+            assert x_shifted is not None
+            return write_tensors(Path(output), _wanda_sp(around, x_shifted, chosen, measured))
         if 0 in chosen.values():
             units.require_residual(around.original(), around.short())
         known = statistics_of(
@@ -57,7 +57,7 @@ def solve_block(
         )
         stream, groups = None, [list(group) for group in known]
         if "shifted" in methods.OBJECTIVES[compression["objective"]].needs:
-            x, x_shifted = Activations(Path(original or "")), Activations(Path(shifted or ""))
+            assert x is not None and x_shifted is not None
             arguments = around.arguments(x)
             # Only here does it matter which group comes first.
             groups = around.groups(x, arguments)
@@ -126,7 +126,7 @@ def refine_block(
     """Refine one solved block, factors and norms together, against the original block's outputs."""
     with stage(f"refine block {index}", log=Path(log), record=Path(record), advice=_STEPS) as measured:
         x, y = Activations(Path(shifted)), Activations(Path(target))
-        around = Block(source, index, calibration, record=record)
+        around = Block(source, index, calibration, record=record, like=x)
         factors = read_tensors(Path(solved), device=around.device)
         streams: dict[str, Any] = {
             "inputs": x,
@@ -181,7 +181,7 @@ def propagate(
     with stage(f"propagate block {index}", log=Path(log), record=Path(record), advice=PASSES) as measured:
         start = time.perf_counter()
         x, y = Activations(Path(shifted)), Activations(Path(target))
-        around = Block(source, index, calibration, record=record)
+        around = Block(source, index, calibration, record=record, like=x)
         block = around.compressed(read_tensors(Path(factors), device=around.device), around.dtype)
         with around.writing(output, like=x, label="propagate") as append:
             measured["after"] = refine.distortion(

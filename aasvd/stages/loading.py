@@ -21,11 +21,29 @@ SHORT = 16
 class Block:
     """One block's surroundings: model, arguments, groups, device and float type, for one stage."""
 
-    def __init__(self, source: str, index: int, settings: Mapping[str, Any], *, record: str) -> None:
+    def __init__(
+        self,
+        source: str,
+        index: int,
+        settings: Mapping[str, Any],
+        *,
+        record: str,
+        like: Activations | None = None,
+    ) -> None:
+        """Load what surrounds a block.
+
+        Args:
+            source: The model's source.json.
+            index: The block's number.
+            settings: The section `calibration` of params.yaml.
+            record: The stage's record.
+            like: Activations that the stage reads, where it does: passes compute in their type.
+        """
         self.source, self.index, self.batch = blocks.Source(Path(source)), index, settings["batch"]
         self.parts = blocks.skeleton(self.source.folder)
         self.device = compute_device()
-        self.dtype = compute_dtype(settings["dtype"], self.device)
+        # Not what this machine is fast in, where another one may have begun: a key knows only `auto`.
+        self.dtype = compute_dtype(settings["dtype"], self.device) if like is None else like.dtype
         self.count = len(self.parts.blocks)
         self.label = f"block {index + 1} of {self.count}"
         # Of this phase, capture or compression: the records of both lie in a folder per block.

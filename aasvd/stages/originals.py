@@ -68,7 +68,7 @@ def capture_block(
     """Run one original block: its outputs, and a covariance per group of linears that share an input."""
     with stage(f"capture block {index}", log=Path(log), record=Path(record), advice=PASSES):
         hidden = Activations(Path(inputs))
-        around = Block(source, index, settings, record=record)
+        around = Block(source, index, settings, record=record, like=hidden)
         arguments = around.arguments(hidden)
         groups = around.groups(hidden, arguments)
         with around.writing(outputs, like=hidden, label="capture originals") as append:
@@ -101,7 +101,7 @@ def differentiate_head(
     """Differentiate the dense model's loss with respect to what leaves its last block."""
     with stage("differentiate head", log=Path(log), record=Path(record), advice=PASSES) as measured:
         x = Activations(Path(hidden))
-        around = Block(source, 0, settings, record=record)
+        around = Block(source, 0, settings, record=record, like=x)
         head = blocks.Head(around.source, around.parts, device=around.device, dtype=around.dtype)
         ids = calibration.read_tokens(Path(tokens))[: settings["gradients"] or None]
         # float32: a gradient is a sum of many small terms, and this file lives as long as one stage.
@@ -126,7 +126,7 @@ def differentiate_block(
     """Run one original block forward and backward: its linears' gradients, and that of its input."""
     with stage(f"differentiate block {index}", log=Path(log), record=Path(record), advice=PASSES):
         x, above = Activations(Path(inputs)), Activations(Path(upstream))
-        around = Block(source, index, settings, record=record)
+        around = Block(source, index, settings, record=record, like=x)
         arguments = around.arguments(x)
         with around.writing(gradient, like=above, label="gradients", dtype=torch.float32) as append:
             found = gradients.block_gradients(
@@ -158,7 +158,7 @@ def differentiate_weights(
     """Run one original block forward and backward for the gradients of its linears' weights."""
     with stage(f"fisher block {index}", log=Path(log), record=Path(record), advice=PASSES):
         x = Activations(Path(inputs))
-        around = Block(source, index, settings, record=record)
+        around = Block(source, index, settings, record=record, like=x)
         arguments = around.arguments(x)
         found = gradients.block_fisher(
             around.original(),
@@ -190,7 +190,7 @@ def average_block(
     """
     with stage(f"average block {index}", log=Path(log), record=Path(record), advice=PASSES) as measured:
         x = Activations(Path(inputs))
-        around = Block(source, index, settings, record=record)
+        around = Block(source, index, settings, record=record, like=x)
         arguments = around.arguments(x)
         groups = around.groups(x, arguments)
         # The same buckets in every block.

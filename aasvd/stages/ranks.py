@@ -39,13 +39,12 @@ def measure_block(
 ) -> None:
     """Measure what an allocation of ranks looks at, on one original block."""
     with stage(f"measure block {index}", log=Path(log), record=Path(record), advice=PASSES):
-        around = Block(source, index, settings, record=record)
+        x = Activations(Path(inputs)) if inputs else None
+        around = Block(source, index, settings, record=record, like=x)
         kind, _, number = measure.partition("-")
         if kind == "profile":
-            assert inputs and outputs
-            found = measures.profile(
-                Activations(Path(inputs)), Activations(Path(outputs)), device=around.device
-            )
+            assert x is not None and outputs
+            found = measures.profile(x, Activations(Path(outputs)), device=around.device)
             return write_tensors(Path(output), found)
         groups = statistics_of(covariances, gradients=gradients, device=around.device)
         statistics = {name: known for group, known in groups.items() for name in group}
@@ -62,8 +61,8 @@ def measure_block(
                 for name, weight in weights.items()
             }
         else:
-            assert inputs and tokens
-            found = _sensitivity(around, weights, statistics, Path(inputs), Path(tokens), int(number))
+            assert x is not None and tokens
+            found = _sensitivity(around, weights, statistics, x, Path(tokens), int(number))
         write_tensors(Path(output), found)
 
 
@@ -71,12 +70,11 @@ def _sensitivity(
     around: Block,
     weights: Mapping[str, Tensor],
     statistics: Mapping[str, objectives.Statistics],
-    inputs: Path,
+    x: Activations,
     tokens: Path,
     sequences: int,
 ) -> dict[str, Tensor]:
     """Try ASVD's truncation of every linear at every candidate ratio."""
-    x = Activations(inputs)
     ids = calibration.read_tokens(tokens)[:sequences]
     trials: dict[str, list[Tensor]] = {}
     options = objectives.Options(blend=0.0, ridge=0.0)

@@ -10,7 +10,7 @@ import torch
 
 from aasvd import blocks, calibration, progress, pruning, units
 from aasvd.artifacts import Activations, replacing, write_tensors
-from aasvd.device import compute_device, compute_dtype
+from aasvd.device import compute_device
 from aasvd.stages.loading import SHORT
 from aasvd.stages.stage import PASSES, stage
 
@@ -36,10 +36,8 @@ def order_branches(
     with stage("order branches", log=Path(log), record=Path(record), advice=PASSES) as measured:
         dense = blocks.Source(Path(source))
         parts = blocks.skeleton(dense.folder)
-        device = compute_device()
-        dtype = compute_dtype(settings["dtype"], device)
         x, ids = Activations(Path(inputs)), calibration.read_tokens(Path(tokens))[:probe]
-        call: dict[str, Any] = {"device": device, "dtype": dtype}
+        call: dict[str, Any] = {"device": compute_device(), "dtype": x.dtype}
         arguments = blocks.forward_arguments(parts, tokens=x.shape[1], **call)
         model = [
             blocks.load_block(dense, parts, index, **call).requires_grad_(False)
