@@ -616,7 +616,7 @@ def test_a_measurement_names_its_failure_and_forgets_it_once_it_works(
     text, output = tmp_path / "texts" / "notes" / "key" / "test.parquet", tmp_path / "perplexity_notes.json"
     monkeypatch.setattr(evaluation, "model_folder", lambda model: tmp_path)
     monkeypatch.setattr(evaluation, "load_model", lambda folder, settings: (tiny_model("llama"), None))
-    monkeypatch.setattr(evaluate, "windows", lambda text, tokenizer, **_: text)
+    monkeypatch.setattr(evaluate, "windows", lambda *_, **__: random_tokens(1))
     found: list[Any] = [evaluate.NonFiniteLossError("3 of 8 windows"), {"perplexity": 9.0}]
 
     def perplexity(*_: Any, **__: Any) -> Any:
@@ -668,6 +668,32 @@ def test_sequences_longer_than_the_model_has_positions_are_refused(
     stages.sample_calibration(settings=settings | {"tokens": 128}, **sampled)
     stages.evaluate_perplexity(settings={"window": 128, "windows": 2}, **measured)
     assert read_json(tmp_path / "p.json")["measurement"]["windows"] == 2
+
+
+def test_a_text_is_asked_for_before_a_model_is_loaded(tmp_path: Path) -> None:
+    """A text that could not be fetched costs no loading of many gigabytes."""
+    text = tmp_path / "texts" / "notes" / "key" / "test.parquet"
+    sources.write_failure(text, "the hub is far")
+    stages.evaluate_perplexity(
+        model="absent", text=str(text), output=str(tmp_path / "p.json"),
+        settings={"window": 4, "windows": 0}, calibration=CALIBRATION, log=str(tmp_path / "log"),
+    )  # fmt: skip
+    assert read_json(tmp_path / "p.json")["error"] == "the hub is far"
+
+
+def test_a_token_outside_the_vocabulary_fails_its_measurement_alone(tmp_path: Path) -> None:
+    """The tiny model has rows for 128 ids, the tokenizer many more."""
+    tiny_model("llama").save_pretrained(tmp_path / "dense")
+    words = trained_tokenizer(["some words"] * 3)
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path / "dense")
+    text = tmp_path / "texts" / "notes" / "key" / "test.parquet"
+    write_table(text, pa.table({"text": ["éèê" * 50]}))
+    stages.evaluate_perplexity(
+        model=str(describe(tmp_path / "dense")), text=str(text), output=str(tmp_path / "p.json"),
+        settings={"window": 8, "windows": 0}, calibration=CALIBRATION, log=str(tmp_path / "log"),
+    )  # fmt: skip
+    assert "is outside the model's vocabulary of 128" in read_json(tmp_path / "p.json")["error"]
+    assert failure_file(tmp_path / "p.json").exists()
 
 
 def test_a_damaged_text_is_no_failure_of_its_measurement_alone(tmp_path: Path) -> None:

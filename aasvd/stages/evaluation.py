@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from aasvd import evaluate, layers, memory, sources
 from aasvd.artifacts import Activations, mark_failure, read_table, read_tensors
+from aasvd.calibration import check_vocabulary
 from aasvd.device import release_memory
 from aasvd.stages.loading import Block, load_model, model_folder, too_long
 from aasvd.stages.stage import PASSES, report_failure, stage
@@ -28,9 +29,14 @@ def evaluate_perplexity(
     name = Path(text).parts[-3]
 
     def measure() -> dict[str, Any]:
-        network, tokenizer = load_model(model_folder(model), calibration)
         joined = sources.document_text(_evaluated_table(text))
+        network, tokenizer = load_model(model_folder(model), calibration)
         tokens = evaluate.windows(joined, tokenizer, window=settings["window"], windows=settings["windows"])
+        try:
+            vocabulary = network.config.get_text_config().vocab_size
+            check_vocabulary(tokens, tokenizer, vocabulary=vocabulary)
+        except ValueError as error:
+            raise evaluate.MeasurementError(str(error)) from error
         if reason := too_long(settings["window"], network.config, setting="evaluation.window"):
             raise evaluate.MeasurementError(reason)
         return _typed(network, evaluate.perplexity(network, tokens, progress=f"perplexity {name}"))
