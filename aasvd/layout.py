@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from aasvd.identity import (
+    VERSIONS,
     calibration_ingredients,
     compression_ingredients,
     evaluation_ingredients,
@@ -131,6 +132,11 @@ def text_file(config: Config, text: str, split: str) -> Path:
 def task_file(config: Config, task: str) -> Path:
     """Return the file with the rows of a task."""
     return ARTIFACTS / "sources" / "tasks" / task / key_of(task_ingredients(config, task)) / "rows.parquet"
+
+
+def unkeyed_measurement(name: str) -> str:
+    """Return the file name of a measurement that no settings of its own make, as `layers_007`."""
+    return f"{name}-v{VERSIONS['evaluation']}.json"
 
 
 def require_key(key: str, todays: Path) -> None:

@@ -128,7 +128,7 @@ def plan(
             entry["run"] = f"{model}_r{made:g}"
             paths = layout.Paths(config, params.parse_run(config, entry["run"]))
             subject = paths.dense_evaluation if ratio == 1 else paths.evaluation
-            entry["measured"] = str(subject / f"memory_bfloat16_{context}.json")
+            entry["measured"] = str(subject / layout.unkeyed_measurement(f"memory_bfloat16_{context}"))
         entries.append(entry)
     return entries
 
