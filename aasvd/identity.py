@@ -22,7 +22,7 @@ VERSIONS = {
     "compression": 7,
     "evaluation": 3,
     "positions": 1,
-    "post": 2,
+    "post": 3,
 }
 
 # Settings that change how a result is computed, but not which result it is.

@@ -427,6 +427,43 @@ def test_an_assembled_checkpoint_is_made_again_over_its_remains(chain: Callable[
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_post_step_adds_to_the_factors_as_they_are_stored(chain: Callable[..., Chain], dtype: str) -> None:
+    """Whatever type the passes compute in: what a float32 checkpoint gains has the rank of the update."""
+    run = chain("llama")
+    PreTrainedTokenizerFast(tokenizer_object=trained_tokenizer(["some words"])).save_pretrained(run.dense)
+    count = run.original()
+    for block in range(count):
+        run.solve(block)
+        run.refine(block)
+        run.propagate(block)
+    run.assemble(count)
+    stages.adapt_model(
+        source=run.path("source.json"),
+        tokens=run.path("tokens.parquet"),
+        checksums=run.path("model/SHA256SUMS"),
+        adapted=run.path("adapted/SHA256SUMS"),
+        record=run.path("adapt.json"),
+        details={},
+        seed=0,
+        calibration_settings={**CALIBRATION, "dtype": dtype},
+        post={"epochs": 1, "rank": 2, "alpha": 4.0, "batch": 2, "learning_rate": 1e-2},
+        log=run.log,
+    )
+    assert read_json(Path(run.path("adapt.json")))["losses"].keys() == {"u", "v"}
+    before, after = (load_file(run.path(f"{name}/model.safetensors")) for name in ("model", "adapted"))
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        change = after[name] - tensor
+        if name.endswith((".u", ".v")):
+            singular = torch.linalg.svdvals(change)
+            assert singular[0] > 1e-3
+            # The rest is the float32 rounding of the factors themselves.
+            assert singular[2] < 1e-5 * torch.linalg.svdvals(tensor)[0]
+        else:
+            assert not change.any(), name
+
+
 def test_a_damaged_input_names_stage_file_and_command(chain: Callable[..., Chain]) -> None:
     run = chain("llama")
     run.original()
