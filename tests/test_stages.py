@@ -27,7 +27,7 @@ from aasvd.artifacts import (
 )
 from aasvd.device import compute_dtype
 from aasvd.layout import failure_file
-from aasvd.stages import compression, evaluation, publication, stage
+from aasvd.stages import compression, evaluation, originals, publication, ranks, stage
 
 CPU = torch.device("cpu")
 CALIBRATION: dict[str, Any] = {"dtype": "float32", "batch": 2}
@@ -502,6 +502,33 @@ def test_running_out_of_memory_says_which_setting_lowers_it(tmp_path: Path) -> N
     ):
         raise torch.OutOfMemoryError
     assert not (tmp_path / "record").exists()
+
+
+@pytest.mark.parametrize(
+    ("function", "module", "others"),
+    [
+        ("differentiate_head", originals, ["tokens", "hidden", "gradient"]),
+        ("differentiate_block", originals, ["inputs", "upstream", "gradient", "statistics"]),
+        ("differentiate_weights", originals, ["inputs", "upstream", "output"]),
+        ("average_block", originals, ["inputs", "output", "buckets", "seed"]),
+        ("measure_block", ranks, ["covariances", "gradients", "fisher", "tokens", "outputs", "output"]),
+    ],
+)
+def test_stages_of_one_sequence_at_a_time_name_what_helps_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str, module: Any, others: list[str]
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(module, "Activations", full)
+    arguments: dict[str, Any] = {
+        **dict.fromkeys(others, "x"), "source": "x", "settings": CALIBRATION,
+        "log": str(tmp_path / "log"), "record": str(tmp_path / "record"),
+        **({} if function == "differentiate_head" else {"index": 0}),
+        **({"measure": "profile", "inputs": "x"} if function == "measure_block" else {}),
+    }  # fmt: skip
+    with pytest.raises(stages.StageError, match=r"out of memory; set fewer calibration\.tokens"):
+        getattr(stages, function)(**arguments)
 
 
 def test_a_mistake_in_the_code_keeps_its_type(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from aasvd.artifacts import Activations, read_table, write_tensors, writing_acti
 from aasvd.covariance import pack
 from aasvd.device import compute_device, compute_dtype
 from aasvd.stages.loading import Block, too_long
-from aasvd.stages.stage import PASSES, stage
+from aasvd.stages.stage import PASSES, SEQUENCES, stage
 
 _logger = logging.getLogger(__name__)
 
@@ -99,12 +99,12 @@ def differentiate_head(
     log: str,
 ) -> None:
     """Differentiate the dense model's loss with respect to what leaves its last block."""
-    with stage("differentiate head", log=Path(log), record=Path(record), advice=PASSES) as measured:
+    with stage("differentiate head", log=Path(log), record=Path(record), advice=SEQUENCES) as measured:
         x = Activations(Path(hidden))
         around = Block(source, 0, settings, record=record, like=x)
         head = blocks.Head(around.source, around.parts, device=around.device, dtype=around.dtype)
         ids = calibration.read_tokens(Path(tokens))[: settings["gradients"] or None]
-        # float32: a gradient is a sum of many small terms, and this file lives as long as one stage.
+        # float32: a gradient is a sum of many small terms.
         with writing_activations(
             Path(gradient), shape=(len(ids), *x.shape[1:]), dtype=torch.float32
         ) as append:
@@ -124,7 +124,7 @@ def differentiate_block(
     log: str,
 ) -> None:
     """Run one original block forward and backward: its linears' gradients, and that of its input."""
-    with stage(f"differentiate block {index}", log=Path(log), record=Path(record), advice=PASSES):
+    with stage(f"differentiate block {index}", log=Path(log), record=Path(record), advice=SEQUENCES):
         x, above = Activations(Path(inputs)), Activations(Path(upstream))
         around = Block(source, index, settings, record=record, like=x)
         arguments = around.arguments(x)
@@ -156,7 +156,7 @@ def differentiate_weights(
     log: str,
 ) -> None:
     """Run one original block forward and backward for the gradients of its linears' weights."""
-    with stage(f"fisher block {index}", log=Path(log), record=Path(record), advice=PASSES):
+    with stage(f"fisher block {index}", log=Path(log), record=Path(record), advice=SEQUENCES):
         x = Activations(Path(inputs))
         around = Block(source, index, settings, record=record, like=x)
         arguments = around.arguments(x)
@@ -188,7 +188,7 @@ def average_block(
 
     Buckets hold as many sequences each, but for the last: there are at most as many as asked for.
     """
-    with stage(f"average block {index}", log=Path(log), record=Path(record), advice=PASSES) as measured:
+    with stage(f"average block {index}", log=Path(log), record=Path(record), advice=SEQUENCES) as measured:
         x = Activations(Path(inputs))
         around = Block(source, index, settings, record=record, like=x)
         arguments = around.arguments(x)

@@ -13,7 +13,7 @@ from aasvd import allocation, blocks, calibration, measures, objectives, progres
 from aasvd.artifacts import Activations, read_json, read_tensors, write_json, write_tensors
 from aasvd.rank import uniform_rank
 from aasvd.stages.loading import Block, load_model, model_folder, statistics_of
-from aasvd.stages.stage import PASSES, stage
+from aasvd.stages.stage import PASSES, SEQUENCES, stage
 
 _WHOLE = (
     "the allocation dobi trains on the whole model with one sequence at a time: set fewer "
@@ -38,7 +38,7 @@ def measure_block(
     log: str,
 ) -> None:
     """Measure what an allocation of ranks looks at, on one original block."""
-    with stage(f"measure block {index}", log=Path(log), record=Path(record), advice=PASSES):
+    with stage(f"measure block {index}", log=Path(log), record=Path(record), advice=SEQUENCES):
         x = Activations(Path(inputs)) if inputs else None
         around = Block(source, index, settings, record=record, like=x)
         kind, _, number = measure.partition("-")
