@@ -71,8 +71,8 @@ class AasvdConfig(QuantizationConfigMixin):
         storage: How a factored linear is stored, one of `aasvd.formats.FORMATS`.
         kept: Rows and columns that stay of each pruned linear, by its module name.
         format_version: Version of this layout.
-        details: Where the numbers come from: method, objective, ratio and so on, and what a cache of latents
-            saves; not interpreted here.
+        details: Where the numbers come from: objective, allocation, ratio and so on (not what the method is
+            called), and what a cache of latents saves; not interpreted here.
     """
 
     def __init__(

@@ -615,6 +615,17 @@ def test_a_linked_folder_stores_no_byte_twice_and_replaces_what_was_there(tmp_pa
     assert (target / "a").samefile(source / "a")
 
 
+def test_a_folder_that_cannot_be_linked_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: Any) -> None:
+        raise PermissionError("no hard links here")
+
+    monkeypatch.setattr(Path, "hardlink_to", refused)
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "a").write_text("source")
+    publication._link_folder(tmp_path / "source", tmp_path / "target")
+    assert (tmp_path / "target" / "a").read_text() == "source"
+
+
 def test_seconds_are_summed_over_blocks() -> None:
     records = [{"stage": f"solve block {n}", "seconds": 1.5} for n in range(3)] + [
         {"stage": "embed", "seconds": 2.0}
