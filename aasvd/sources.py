@@ -33,7 +33,7 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from aasvd import wikipedia
-from aasvd.artifacts import digest, write_json, write_table
+from aasvd.artifacts import digest, replacing_folder, write_json, write_table
 
 # datasets, gguf, huggingface_hub and transformers are imported where they are used: each takes seconds, and
 # most runs find their sources already fetched.
@@ -239,20 +239,10 @@ def _sha256_of_next(stream: BinaryIO, count: int) -> str:
     return state.hexdigest()
 
 
-def _replace_folder(temporary: Path, folder: Path) -> None:
-    """Give a finished temporary folder its final name."""
-    if folder.exists():
-        shutil.rmtree(folder)
-    temporary.rename(folder)
-
-
 def _publish_converted(path: Path, *, dtype: str, folder: Path) -> None:
     """Convert a GGUF file into a model folder that appears whole or not at all."""
-    temporary = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    _convert_gguf(path, dtype=getattr(torch, dtype), folder=temporary)
-    _replace_folder(temporary, folder)
+    with replacing_folder(folder) as temporary:
+        _convert_gguf(path, dtype=getattr(torch, dtype), folder=temporary)
 
 
 def _convert_gguf(path: Path, *, dtype: torch.dtype, folder: Path) -> None:
@@ -310,21 +300,20 @@ def _download_model(source: Mapping[str, Any], *, folder: Path) -> str:
         raise SourceError(f"hub model {source['hub']} has no config.json: expected a transformers model")
     if not any(name.endswith(".safetensors") and "/" not in name for name in names):
         raise SourceError(f"hub model {source['hub']} has no *.safetensors weights; {_NO_BIN}")
-    # The name is fixed, so that an interrupted download goes on where it stopped.
-    temporary = folder.with_name(f".{folder.name}.partial")
-    # config.json by itself first: a model that cannot be used is not downloaded.
-    for patterns in (["config.json"], ["*.safetensors", *_SMALL_FILES]):
-        with _hub_errors(source["hub"], remedy=remedy):
-            snapshot_download(
-                source["hub"],
-                revision=info.sha,
-                local_dir=temporary,
-                allow_patterns=patterns,
-                ignore_patterns=["*/*", "consolidated*"],
-            )
-        _require_dense(temporary)
-    shutil.rmtree(temporary / ".cache", ignore_errors=True)
-    _replace_folder(temporary, folder)
+    # An interrupted download goes on where it stopped.
+    with replacing_folder(folder, resume=True) as temporary:
+        # config.json by itself first: a model that cannot be used is not downloaded.
+        for patterns in (["config.json"], ["*.safetensors", *_SMALL_FILES]):
+            with _hub_errors(source["hub"], remedy=remedy):
+                snapshot_download(
+                    source["hub"],
+                    revision=info.sha,
+                    local_dir=temporary,
+                    allow_patterns=patterns,
+                    ignore_patterns=["*/*", "consolidated*"],
+                )
+            _require_dense(temporary)
+        shutil.rmtree(temporary / ".cache", ignore_errors=True)
     return str(info.sha)
 
 
@@ -678,8 +667,7 @@ def _check_sha256(path: Path, source: Mapping[str, Any]) -> None:
     expected = source.get("sha256")
     if expected is None:
         return
-    with path.open("rb") as stream:
-        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    found = digest(path)
     if found != expected:
         raise SourceError(f"{path.name} has sha256 {found}, but params.yaml expects {expected}")
 

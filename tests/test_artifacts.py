@@ -23,6 +23,7 @@ from aasvd.artifacts import (
     read_table,
     read_tensors,
     remake_command,
+    replacing_folder,
     sidecar,
     write_json,
     write_table,
@@ -210,6 +211,22 @@ def test_error_while_remaking_keeps_the_old_artifact(tmp_path: Path) -> None:
         raise KeyboardInterrupt
     assert torch.equal(Activations(path).read([0, 1, 2]), values(3, 4, 5))
     assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_folder_takes_the_place_of_another_when_it_is_whole(tmp_path: Path, resume: bool) -> None:
+    folder, temporary = tmp_path / "folder", tmp_path / ".folder.tmp"
+    for content in ("old", "new"):
+        with pytest.raises(KeyError), replacing_folder(folder, resume=resume) as staging:
+            (staging / "half").write_text("half")
+            raise KeyError
+        assert temporary.exists() == resume  # a download goes on with it
+        with replacing_folder(folder, resume=resume) as staging:
+            assert (staging / "half").exists() == resume
+            (staging / content).write_text(content)
+            assert not (folder / content).exists()
+        assert sorted(file.name for file in folder.iterdir()) == sorted({content, *(["half"] * resume)})
+        assert not temporary.exists()
 
 
 def test_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
