@@ -35,7 +35,7 @@ class Recipe(NamedTuple):
     learning_rate: float
 
 
-class _Update(nn.Module):
+class Update(nn.Module):
     """A factor plus a low-rank update that starts at zero (LoRA)."""
 
     def __init__(self, factor: Tensor, recipe: Recipe, generator: torch.Generator) -> None:
@@ -48,7 +48,25 @@ class _Update(nn.Module):
         self.scale = recipe.alpha / recipe.rank
 
     def forward(self, factor: Tensor) -> Tensor:
-        return (factor.float() + self.scale * (self.b @ self.a)).to(factor.dtype)
+        """Return an updated factor in its own type."""
+        return self.merged(factor).to(factor.dtype)
+
+    def merged(self, factor: Tensor) -> Tensor:
+        """Return an updated factor in float32."""
+        return factor.to(self.a.device, torch.float32) + self.scale * (self.b @ self.a)
+
+
+class Adapted(NamedTuple):
+    """What a post-step gives.
+
+    Attributes:
+        losses: Mean loss of each epoch, for `u` and for `v`.
+        updates: The update of each factor by its name in the model's state. The model's own factors have the
+            digits of the type that it computes in; those of a checkpoint may have more.
+    """
+
+    losses: dict[str, list[float]]
+    updates: dict[str, Update]
 
 
 def adapt(
@@ -58,7 +76,7 @@ def adapt(
     recipe: Recipe,
     generator: torch.Generator,
     on_step: Callable[[int, int, float], None],
-) -> dict[str, list[float]]:
+) -> Adapted:
     """Update all factors of a compressed model in place: every U with V fixed, then every V with U fixed.
 
     Paper (SVD-LLM, ICLR version): alpaca-cleaned, 50k instructions of up to 256 tokens, dropout 0.05 on the
@@ -72,13 +90,10 @@ def adapt(
         generator: Source of the updates' start and of the order of sequences.
         on_step: Called with (step, steps of both rounds, loss) after each step.
 
-    Returns:
-        Mean loss of each epoch, for `u` and for `v`.
-
     Raises:
         ValueError: If no linear is stored as two factors, or the loss is not finite.
     """
-    layers = [module for module in model.modules() if isinstance(module, LowRankLinear)]
+    layers = {name: part for name, part in model.named_modules() if isinstance(part, LowRankLinear)}
     if not layers:
         raise ValueError("the post-step updates factors u and v, and no linear is stored as such")
     model.requires_grad_(False)
@@ -88,21 +103,23 @@ def adapt(
     attention.register()
     model.set_attn_implementation(attention.NAME)
     per_round = recipe.epochs * math.ceil(len(tokens) / recipe.batch)
-    traces = {}
+    adapted = Adapted({}, {})
     for number, factor in enumerate(("u", "v")):
-        updates = [_Update(getattr(layer, factor), recipe, generator) for layer in layers]
-        for layer, update in zip(layers, updates, strict=True):
-            parametrize.register_parametrization(layer, factor, update)
+        updates = {name: Update(getattr(layer, factor), recipe, generator) for name, layer in layers.items()}
+        for name, update in updates.items():
+            parametrize.register_parametrization(layers[name], factor, update)
 
         def report(step: int, loss: float, done: int = number * per_round) -> None:
             on_step(done + step, 2 * per_round, loss)
 
-        trained = [p for update in updates for p in update.parameters()]
-        traces[factor] = _train(model, tokens, trained, recipe=recipe, generator=generator, on_step=report)
-        for layer in layers:
-            parametrize.remove_parametrizations(layer, factor, leave_parametrized=True)
+        trained = [p for update in updates.values() for p in update.parameters()]
+        losses = _train(model, tokens, trained, recipe=recipe, generator=generator, on_step=report)
+        adapted.losses[factor] = losses
+        for name, update in updates.items():
+            parametrize.remove_parametrizations(layers[name], factor, leave_parametrized=True)
+            adapted.updates[f"{name}.{factor}"] = update.requires_grad_(False)
         model.requires_grad_(False)
-    return traces
+    return adapted
 
 
 def _train(

@@ -277,8 +277,9 @@ def strs(problem: Problem) -> Floats:
     by it, worst first; with a cut through the list, every linear takes its smallest ratio at or after the
     cut, or stays dense. The cut is searched that meets the budget.
 
-    Paper: the released loop may end one entry off the target. Here: the first cut within the budget, and
-    what it leaves over is shared out in proportion. Paper: lm_head counts. Here: the blocks' linears.
+    Paper: the released loop may end one entry off the target. Here: the last cut within the budget, and
+    what it leaves over is shared out in proportion. Below the smallest of the six ratios no cut is within
+    it, and all shares are scaled down from there. Paper: lm_head counts. Here: the blocks' linears.
     """
     trials = sorted(
         (

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shlex
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -104,6 +105,33 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def replacing_folder(folder: Path, *, resume: bool = False) -> Iterator[Path]:
+    """Yield a temporary folder beside `folder` that takes its place when the block ends without an error.
+
+    Args:
+        folder: The folder; one that is there is replaced.
+        resume: Whether what a killed or failed writer left in the temporary folder is gone on with.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # One fixed name, so that the next writer finds what a killed one left.
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    if not resume:
+        shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(exist_ok=True)
+    try:
+        yield temporary
+        for file in (path for path in temporary.rglob("*") if path.is_file()):
+            with file.open("rb") as stream:
+                os.fsync(stream.fileno())
+        if folder.exists():
+            shutil.rmtree(folder)
+        temporary.rename(folder)
+    finally:
+        if not resume:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -231,7 +259,8 @@ class Activations:
                     )
         return batch
 
-    def batches(self, size: int) -> Iterator[Tensor]:
-        """Yield all sequences in order, `size` at a time."""
-        for start in range(0, len(self), size):
-            yield self.read(list(range(start, min(start + size, len(self)))))
+    def batches(self, size: int, *, first: int | None = None) -> Iterator[Tensor]:
+        """Yield all sequences, or so many of the first, in order, `size` at a time."""
+        count = len(self) if first is None else min(first, len(self))
+        for start in range(0, count, size):
+            yield self.read(list(range(start, min(start + size, count))))

@@ -99,7 +99,7 @@ class Setting(NamedTuple):
 def build(config: PreTrainedConfig, *, ratio: float | None, storage: str, dtype: torch.dtype) -> Any:
     """Return a model with random weights on the host, dense (ratio None) or compressed."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, trust_remote_code=False)
     if ratio is not None:
         ranks = {}
         for name, module in model.named_modules():
@@ -452,7 +452,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", default="", help="settings whose name contains this: 'bfloat16, batch 1'")
     parser.add_argument("--quick", action="store_true", help="a model of no size, to see that it runs")
     options = parser.parse_args(arguments)
-    config = None if options.config is None else AutoConfig.from_pretrained(options.config)
+    config = (
+        None
+        if options.config is None
+        else AutoConfig.from_pretrained(options.config, trust_remote_code=False)
+    )
     everything = settings(config=config, quick=options.quick)
     titles = [title(setting, shape) for setting in everything for shape in setting.shapes]
     if not any(options.only in name for name in titles):

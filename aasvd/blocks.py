@@ -1,6 +1,6 @@
 """The decoder blocks of any Hugging Face model, one at a time: the only module that knows model classes.
 
-Nothing here is specific to an architecture (design section 5). The model is built without weights, its
+Nothing here is specific to an architecture. The model is built without weights, its
 blocks are found as the longest list of equal modules, a block's weights are read when it is needed, its
 keyword arguments (rotary embeddings, masks, per-layer differences) are recorded by letting the model
 call stand-ins, and linears that read the same tensor are found by watching one call without data.
@@ -18,26 +18,67 @@ from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 from transformers.initialization import no_init_weights
 
 from aasvd import attention
-from aasvd.artifacts import DamagedArtifactError, read_json, remake_command
+from aasvd.artifacts import DamagedArtifactError, digest, read_json, remake_command
 from aasvd.capture import sharing
 from aasvd.likelihood import token_losses
+
+# Left unset, transformers asks whether code that a folder brings along may run, in the middle of a stage.
+_OPENING: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+
+
+def open_config(folder: Path) -> PreTrainedConfig:
+    """Return the configuration of a model folder; its own code is never run."""
+    config: PreTrainedConfig = AutoConfig.from_pretrained(folder, **_OPENING)
+    return config
+
+
+def open_tokenizer(folder: Path) -> Any:
+    """Return the tokenizer of a model folder; its own code is never run."""
+    return AutoTokenizer.from_pretrained(folder, **_OPENING)
+
+
+def open_model(folder: Path, *, dtype: torch.dtype) -> PreTrainedModel:
+    """Return the whole causal model of a folder, dense or compressed; its own code is never run."""
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **_OPENING)
+    return model
 
 
 class Source:
     """A dense model on disk, read one tensor at a time, each verified against its recorded checksum."""
 
     def __init__(self, path: Path) -> None:
-        """Open the model that a `source.json` describes."""
+        """Open the model that a `source.json` describes, and verify all of it but the weights.
+
+        Raises:
+            DamagedArtifactError: If a file, such as config.json, is not the one that was fetched.
+        """
         record = read_json(path)
-        self._path = path
+        self._remedy = f"fetch it again with\n    {remake_command(path)}"
         self.folder = path.parent / record["folder"]
         self.tensors: dict[str, dict[str, Any]] = record["tensors"]
+        for name, expected in record["files"].items():
+            if digest(self._existing(name)) != expected:
+                raise DamagedArtifactError(
+                    f"{self.folder / name} is damaged: it is not the file that was fetched; {self._remedy}"
+                )
+
+    def _existing(self, name: str) -> Path:
+        file = self.folder / name
+        if not file.exists():
+            raise DamagedArtifactError(f"{file} is missing; {self._remedy}")
+        return file
 
     def read(self, name: str) -> Tensor:
         """Return one tensor in its stored type.
@@ -50,19 +91,16 @@ class Source:
             some = ", ".join(sorted(self.tensors)[:3])
             raise ValueError(f"{self.folder} has no tensor {name}; it has e.g. {some}")
         entry = self.tensors[name]
-        file = self.folder / entry["file"]
-        remedy = f"fetch it again with\n    {remake_command(self._path)}"
-        if not file.exists():
-            raise DamagedArtifactError(f"{file} is missing; {remedy}")
+        file = self._existing(entry["file"])
         try:
             with safe_open(file, framework="pt") as stream:
                 tensor: Tensor = stream.get_tensor(name)
         except SafetensorError as error:
-            raise DamagedArtifactError(f"{file} is damaged ({error}); {remedy}") from error
+            raise DamagedArtifactError(f"{file} is damaged ({error}); {self._remedy}") from error
         # Flat, since a single number has no bytes to view: old GPT-NeoX files hold such.
         if hashlib.sha256(tensor.reshape(-1).view(torch.uint8).numpy().data).hexdigest() != entry["sha256"]:
             raise DamagedArtifactError(
-                f"{file} is damaged: tensor {name} is not the one that was fetched; {remedy}"
+                f"{file} is damaged: tensor {name} is not the one that was fetched; {self._remedy}"
             )
         return tensor
 
@@ -98,10 +136,12 @@ def skeleton(folder: Path) -> Skeleton:
         ValueError: If the model has no list of equal blocks, or its blocks hold no linear layer.
     """
     attention.register()
-    config = AutoConfig.from_pretrained(folder)
+    config = open_config(folder)
     # Drawing random numbers for weights that are not there takes longer than all else.
     with no_init_weights(), init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME)
+        model = AutoModelForCausalLM.from_config(
+            config, attn_implementation=attention.NAME, trust_remote_code=False
+        )
     model.tie_weights()
     model.eval()
     lists = {

@@ -9,12 +9,10 @@ difference is an error. Where this module is not asked, since it was not importe
 `quantization_config`, transformers finds an empty weight for each of these linears and refuses that.
 """
 
-import contextlib
 import inspect
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +32,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from aasvd.artifacts import DamagedArtifactError, digest, remake_command, replacing
+from aasvd.artifacts import DamagedArtifactError, digest, remake_command, replacing, replacing_folder
 from aasvd.formats import FORMATS, MARKER, replace_linears
 from aasvd.fusion import fuse
 from aasvd.lowrank import CompressedLinear
@@ -71,8 +69,8 @@ class AasvdConfig(QuantizationConfigMixin):
         storage: How a factored linear is stored, one of `aasvd.formats.FORMATS`.
         kept: Rows and columns that stay of each pruned linear, by its module name.
         format_version: Version of this layout.
-        details: Where the numbers come from: method, objective, ratio and so on, and what a cache of latents
-            saves; not interpreted here.
+        details: Where the numbers come from: objective, allocation, ratio and so on (not what the method is
+            called), and what a cache of latents saves; not interpreted here.
     """
 
     def __init__(
@@ -363,7 +361,7 @@ def write(
 
     model.config.architectures = [type(model).__name__]
     model.config.dtype = str(dtype).removeprefix("torch.")
-    with _replacing_folder(output) as staging:
+    with replacing_folder(output) as staging:
         model.config.save_pretrained(staging)
         if model.can_generate():
             has_own = (dense / "generation_config.json").exists()
@@ -536,26 +534,6 @@ def _check_overhead(name: str, stored: StoredTensor, layer: Any) -> None:
         problem = layer.problem(leaf, file.get_tensor(name))
     if problem:
         raise ValueError(f"{stored.file} holds {name}, which {problem}")
-
-
-@contextlib.contextmanager
-def _replacing_folder(folder: Path) -> Iterator[Path]:
-    """Yield a temporary folder that takes the place of `folder` when the block ends without an error."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    # One fixed name, so that what a killed writer left is cleared by the next one.
-    staging = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir()
-    try:
-        yield staging
-        for path in staging.iterdir():
-            with path.open("rb") as stream:
-                os.fsync(stream.fileno())
-        if folder.exists():
-            shutil.rmtree(folder)
-        staging.rename(folder)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _prefixes(model: Any, stored: Iterable[str]) -> tuple[str, str]:

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from aasvd.artifacts import replacing_folder
 from aasvd.checkpoint import METHOD, TOKENIZER_FILES
 from aasvd.lowrank import CompressedLinear
 from aasvd.pruned import PrunedLinear
@@ -61,18 +62,11 @@ def merge(folder: Path, output: Path) -> None:
     del model.config.quantization_config
     model.hf_quantizer = None
     model.is_quantized = False
-    staging = output.with_name(f".{output.name}.tmp")
-    shutil.rmtree(staging, ignore_errors=True)
-    try:
+    with replacing_folder(output) as staging:
         model.save_pretrained(staging)
         for name in TOKENIZER_FILES:
             if (folder / name).exists():
                 shutil.copyfile(folder / name, staging / name)
-        if output.exists():
-            output.rmdir()
-        staging.rename(output)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
     _logger.info("merged %d linears of %s", len(layers), folder)
 
 

@@ -15,14 +15,14 @@ from aasvd.params import Config, Run, choose, trains_positions
 
 # Raised when a stage's output would change for the same parameters; part of every key below it.
 VERSIONS = {
-    "model": 1,
+    "model": 2,
     "text": 1,
     "task": 1,
     "calibration": 5,
-    "compression": 6,
+    "compression": 7,
     "evaluation": 3,
     "positions": 1,
-    "post": 2,
+    "post": 3,
 }
 
 # Settings that change how a result is computed, but not which result it is.

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from aasvd.identity import (
+    VERSIONS,
     calibration_ingredients,
     compression_ingredients,
     evaluation_ingredients,
@@ -126,6 +127,28 @@ def text_file(config: Config, text: str, split: str) -> Path:
 def task_file(config: Config, task: str) -> Path:
     """Return the file with the rows of a task."""
     return ARTIFACTS / "sources" / "tasks" / task / key_of(task_ingredients(config, task)) / "rows.parquet"
+
+
+def unkeyed_measurement(name: str) -> str:
+    """Return the file name of a measurement that no settings of its own make, as `layers_007`."""
+    return f"{name}-v{VERSIONS['evaluation']}.json"
+
+
+def require_key(key: str, todays: Path) -> None:
+    """Check that a source's folder is asked for under the key that today's parameters give it.
+
+    Args:
+        key: The last part of the folder that is asked for.
+        todays: The folder that `model_folder`, `text_file` or `task_file` name today.
+
+    Raises:
+        ValueError: If it has another key: what it holds was made with other parameters than those of today.
+    """
+    if key != todays.name:
+        raise ValueError(
+            f"no source of today's params.yaml lies in {todays.with_name(key)}, its key is {todays.name}; "
+            "what lies under the other was made with other parameters"
+        )
 
 
 def find_run(

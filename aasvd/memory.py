@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
-from aasvd import layout, params
+from aasvd import blocks, layout, params
 from aasvd.artifacts import read_json
 from aasvd.device import compute_device, process_memory
 from aasvd.evaluate import MeasurementError
@@ -66,7 +65,7 @@ def estimate(folder: Path, *, linears: int, parameters: int, context: int) -> Es
         parameters: Parameters in all.
         context: Tokens.
     """
-    config = AutoConfig.from_pretrained(folder).get_text_config()
+    config = blocks.open_config(folder).get_text_config()
     heads = config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     shared = getattr(config, "num_key_value_heads", None) or heads
@@ -107,13 +106,12 @@ def plan(
         where nothing fits), `measured` (the file of its measured memory) and the parts of the estimate. Where
         the dense model fits, the run only lends its dense side.
     """
-    dense = read_json(source)
-    folder = source.parent / dense["folder"]
+    dense = blocks.Source(source)
     linears = sum(rows * columns for rows, columns in read_json(outline)["linears"].values())
     # Old files also hold masks, which are no weights.
-    floats = [tensor for tensor in dense["tensors"].values() if tensor["dtype"].startswith(("F", "BF"))]
+    floats = [tensor for tensor in dense.tensors.values() if tensor["dtype"].startswith(("F", "BF"))]
     parameters = sum(math.prod(tensor["shape"]) for tensor in floats)
-    needs = estimate(folder, linears=linears, parameters=parameters, context=context)
+    needs = estimate(dense.folder, linears=linears, parameters=parameters, context=context)
     fitting = [needs.ratio(size) for size in budgets]
     compressed = [ratio for ratio in fitting if ratio is not None and ratio < 1]
     entries = []
@@ -130,7 +128,7 @@ def plan(
             entry["run"] = f"{model}_r{made:g}"
             paths = layout.Paths(config, params.parse_run(config, entry["run"]))
             subject = paths.dense_evaluation if ratio == 1 else paths.evaluation
-            entry["measured"] = str(subject / f"memory_bfloat16_{context}.json")
+            entry["measured"] = str(subject / layout.unkeyed_measurement(f"memory_bfloat16_{context}"))
         entries.append(entry)
     return entries
 
@@ -165,7 +163,7 @@ def measure(folder: Path, *, context: int) -> dict[str, Any]:
 def _run(folder: str, context: int) -> dict[str, Any]:
     device = compute_device()
     before = _used(device)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=_DTYPE).to(device).eval()
+    model = blocks.open_model(Path(folder), dtype=_DTYPE).to(device).eval()
     vocabulary = model.config.get_text_config().vocab_size
     ids = torch.arange(context, device=device)[None] % vocabulary
     output = model(input_ids=ids, use_cache=True, logits_to_keep=1)

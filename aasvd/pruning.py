@@ -49,10 +49,12 @@ def channel_squares(
         return hook
 
     handles = [block.get_submodule(name).register_forward_pre_hook(adding(name)) for name in names]
-    for hidden in inputs.batches(batch):
-        block(hidden.to(device, dtype), **arguments)
-    for handle in handles:
-        handle.remove()
+    try:
+        for hidden in inputs.batches(batch):
+            block(hidden.to(device, dtype), **arguments)
+    finally:
+        for handle in handles:
+            handle.remove()
     return totals
 
 

@@ -7,7 +7,6 @@ be used.
 """
 
 import copy
-import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
@@ -243,10 +242,10 @@ def distortion(
     arguments: Mapping[str, Any],
     batch: int,
     device: torch.device,
-    batches: int | None = None,
+    first: int | None = None,
     on_output: Callable[[Tensor], None] = lambda _output: None,
 ) -> dict[str, float]:
-    """Measure how far a block's outputs lie from the original block's, over all sequences or some batches.
+    """Measure how far a block's outputs lie from the original block's, over all sequences or the first.
 
     Args:
         block: A block on `device`.
@@ -255,7 +254,7 @@ def distortion(
         arguments: The block's keyword arguments.
         batch: Sequences per forward pass.
         device: Where the block is.
-        batches: Number of batches to measure on, from the first; all if None.
+        first: Number of sequences to measure on, from the first; all if None or if there are fewer.
         on_output: Called with each batch of outputs.
 
     Returns:
@@ -266,8 +265,8 @@ def distortion(
     """
     dtype = next(block.parameters()).dtype
     distance = Distance()
-    pairs = zip(inputs.batches(batch), targets.batches(batch), strict=True)
-    for shifted, original in itertools.islice(pairs, batches):
+    pairs = zip(inputs.batches(batch, first=first), targets.batches(batch, first=first), strict=True)
+    for shifted, original in pairs:
         output = block(shifted.to(device, dtype), **arguments)
         if not torch.isfinite(output).all():
             raise ValueError("the block's output is not finite")

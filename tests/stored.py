@@ -51,7 +51,8 @@ def describe(folder: Path) -> Path:
         for name, tensor in load_file(file).items()
     }
     record = folder.parent / "source.json"
-    write_json(record, {"folder": str(folder.absolute()), "tensors": tensors})
+    files = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in folder.glob("*.json")}
+    write_json(record, {"folder": str(folder.absolute()), "tensors": tensors, "files": files})
     return record
 
 

@@ -23,14 +23,14 @@ def compressed() -> Any:
 
 def run(model: Any, recipe: Recipe = RECIPE) -> tuple[dict[str, list[float]], list[tuple[int, int, float]]]:
     steps: list[tuple[int, int, float]] = []
-    losses = adapt(
+    adapted = adapt(
         model,
         random_tokens(5),
         recipe=recipe,
         generator=torch.Generator().manual_seed(0),
         on_step=lambda *step: steps.append(step),
     )
-    return losses, steps
+    return adapted.losses, steps
 
 
 def state(model: Any) -> dict[str, Tensor]:

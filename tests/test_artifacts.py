@@ -23,6 +23,7 @@ from aasvd.artifacts import (
     read_table,
     read_tensors,
     remake_command,
+    replacing_folder,
     sidecar,
     write_json,
     write_table,
@@ -212,6 +213,22 @@ def test_error_while_remaking_keeps_the_old_artifact(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 2
 
 
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_folder_takes_the_place_of_another_when_it_is_whole(tmp_path: Path, resume: bool) -> None:
+    folder, temporary = tmp_path / "folder", tmp_path / ".folder.tmp"
+    for content in ("old", "new"):
+        with pytest.raises(KeyError), replacing_folder(folder, resume=resume) as staging:
+            (staging / "half").write_text("half")
+            raise KeyError
+        assert temporary.exists() == resume  # a download goes on with it
+        with replacing_folder(folder, resume=resume) as staging:
+            assert (staging / "half").exists() == resume
+            (staging / content).write_text(content)
+            assert not (folder / content).exists()
+        assert sorted(file.name for file in folder.iterdir()) == sorted({content, *(["half"] * resume)})
+        assert not temporary.exists()
+
+
 def test_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(_descriptor: int) -> None:
         raise OSError(28, "No space left on device")
@@ -263,6 +280,16 @@ def test_artifact_never_exists_without_its_checksum(tmp_path: Path, monkeypatch:
 
 
 # Activations
+
+
+@pytest.mark.parametrize(("first", "expected"), [(None, 5), (3, 3), (9, 5)])
+@pytest.mark.parametrize("batch", [1, 2, 7])
+def test_so_many_of_the_first_sequences(tmp_path: Path, batch: int, first: int, expected: int) -> None:
+    x = torch.arange(30, dtype=torch.float32).view(5, 3, 2)
+    write_tensors(tmp_path / "x", {"activations": x})
+    found = list(Activations(tmp_path / "x").batches(batch, first=first))
+    assert torch.equal(torch.cat(found), x[:expected])
+    assert all(len(some) <= batch for some in found)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

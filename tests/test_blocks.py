@@ -1,3 +1,6 @@
+import contextlib
+import functools
+import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,10 +12,20 @@ from architectures import SIZES, TINY, tiny_config, tiny_model
 from safetensors.torch import load_file, save_file
 from stored import CPU, TOKENS, WIDTH, Stored, describe, random_tokens, store
 from torch import Tensor, nn
-from transformers import GPT2Config, PreTrainedModel
+from transformers import GPT2Config, PreTrainedModel, PreTrainedTokenizerFast
+from workflow_copy import trained_tokenizer
 
 from aasvd.artifacts import DamagedArtifactError
-from aasvd.blocks import Source, embed, linears, load_block, skeleton
+from aasvd.blocks import (
+    Source,
+    embed,
+    linears,
+    load_block,
+    open_config,
+    open_model,
+    open_tokenizer,
+    skeleton,
+)
 
 LLAMA_GROUPS = [
     ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
@@ -197,6 +210,38 @@ def test_arguments_differ_between_sliding_and_full_attention(stored: Callable[[s
     assert full["attention_mask"] is None or int(full["attention_mask"][0, 0, -1].sum()) == TOKENS
 
 
+def test_a_folders_own_code_is_not_run_whatever_is_answered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_model("llama").save_pretrained(tmp_path)
+    PreTrainedTokenizerFast(tokenizer_object=trained_tokenizer(["some words"])).save_pretrained(tmp_path)
+    (tmp_path / "mine.py").write_text(
+        f"open({str(tmp_path / 'ran')!r}, 'w')\n"
+        "from transformers import LlamaConfig as Config, LlamaForCausalLM as Mine\n"
+        "from transformers import PreTrainedTokenizerFast as Words\n"
+    )
+    for name, change in {
+        "config.json": {
+            "model_type": "mine",
+            "auto_map": {"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Mine"},
+        },
+        "tokenizer_config.json": {
+            "tokenizer_class": "Words",
+            "auto_map": {"AutoTokenizer": [None, "mine.Words"]},
+        },
+    }.items():
+        described = json.loads((tmp_path / name).read_text())
+        (tmp_path / name).write_text(json.dumps({**described, **change}))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    opening: list[Callable[[Path], object]] = [
+        skeleton, open_config, open_tokenizer, functools.partial(open_model, dtype=torch.float32),
+    ]  # fmt: skip
+    for function in opening:
+        with contextlib.suppress(ValueError):
+            function(tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
 # What cannot be compressed
 
 
@@ -285,6 +330,19 @@ def test_damaged_model_names_the_file_and_the_command(
     ) as caught:
         for name in llama.source.tensors:
             llama.source.read(name)
+    assert str(caught.value).endswith(f"--force {llama.record}")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [(flip, "is damaged: it is not the file that was fetched"), (Path.unlink, "is missing")],
+)
+def test_a_damaged_config_names_the_file_and_the_command(
+    llama: Stored, damage: Callable[[Path], object], message: str
+) -> None:
+    damage(llama.source.folder / "config.json")
+    with pytest.raises(DamagedArtifactError, match=rf"(?s)config\.json {message}.*fetch it again") as caught:
+        Source(llama.record)
     assert str(caught.value).endswith(f"--force {llama.record}")
 
 

@@ -208,6 +208,7 @@ def test_a_format_version_moves_its_artifacts(
             "text": layout.text_file(local, "notes", "train"),
             "task": layout.task_file(local, "piqa"),
             "measurements": found.measurements(),
+            "unkeyed": layout.unkeyed_measurement("layers_000"),
         }
 
     before = everything()
@@ -215,6 +216,7 @@ def test_a_format_version_moves_its_artifacts(
     after = everything()
     own = {"evaluation": "measurements", "compression": "compressed"}.get(kind, kind)
     assert before[own] != after[own]
+    assert (before["unkeyed"] != after["unkeyed"]) == (kind == "evaluation")
 
 
 @pytest.mark.parametrize(("file", "moved"), [("model/model.safetensors", "model"), ("notes.txt", "text")])

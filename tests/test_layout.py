@@ -65,6 +65,19 @@ def test_keys_of_other_parameters_are_refused(local: Config) -> None:
         layout.find_measurement(local, model="mine", measurement="perplexity_notes-0")
 
 
+def test_a_source_is_asked_for_under_todays_key_alone(local: Config) -> None:
+    for todays in (
+        layout.model_folder(local, "mine"),
+        layout.text_file(local, "notes", "test").parent,
+        layout.task_file(local, "piqa").parent,
+    ):
+        layout.require_key(todays.name, todays)
+        with pytest.raises(
+            ValueError, match=rf"lies in {todays.parent}/0000000000, its key is {todays.name};"
+        ):
+            layout.require_key("0" * 10, todays)
+
+
 @pytest.mark.parametrize("phase", layout.PHASES)
 def test_the_files_of_a_phase_lie_in_the_outputs_of_its_dvc_stage(local: Config, phase: str) -> None:
     stage = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"][phase]

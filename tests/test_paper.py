@@ -56,7 +56,8 @@ def test_a_finished_block_is_one_line_and_the_status_file_says_finished(finished
         # Snakemake writes to the other stream at any time, even before this line has ended.
         assert re.match(
             rf"block {number} of {BLOCKS}: relative errors (\w+_proj (\d\.\d+|dense)[ ;] ?){{7}}"
-            rf"distortion mse {numbers} → {numbers}, cosine {numbers} → {numbers}; {numbers} s, \d+ MB; "
+            rf"distortion mse {numbers} → {numbers}, cosine {numbers} → {numbers} "
+            rf"\(solved: 6 sequences\); {numbers} s, \d+ MB; "
             rf"about {numbers} min left for the other blocks",
             line,
         ), line

@@ -48,6 +48,14 @@ def test_channel_squares_are_summed_over_all_tokens(llama: Stored, tmp_path: Pat
         torch.testing.assert_close(found[name], expected)
 
 
+def test_a_pass_that_fails_leaves_no_hooks(llama: Stored, tmp_path: Path) -> None:
+    block, call = llama.block(), llama.arguments()[0]
+    x = activations(tmp_path / "x", torch.zeros(1, TOKENS, WIDTH + 1))
+    with pytest.raises(RuntimeError):
+        channel_squares(block, ["mlp.down_proj"], inputs=x, arguments=call, batch=1, device=CPU)
+    assert not any(module._forward_pre_hooks for module in block.modules())
+
+
 @pytest.mark.parametrize("ratio", [0.2, 0.4, 0.5, 0.6, 0.8, 0.95])
 def test_wanda_sp_drops_the_lowest_heads_and_fills_the_budget_with_the_highest_neurons(
     llama: Stored, ratio: float

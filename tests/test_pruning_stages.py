@@ -183,6 +183,13 @@ def test_an_interrupted_search_goes_on(tmp_path: Path, monkeypatch: pytest.Monke
     assert tried == [0, 1, 2, 2, 3]
     assert Path(run.path("removal")).read_bytes() == whole
     assert not list(run.folder.glob("removal.partial*"))
+    # What a failing disk leaves of it is no reason to stop: the search starts anew.
+    Path(run.path("removal")).unlink()
+    Path(run.path("removal.partial.json")).write_text("[[0, 1.5], [")
+    Path(run.path("removal.partial.json.sha256")).write_text("0  of an earlier one")
+    run.order()
+    assert tried[5:] == [0, 1, 2, 3]
+    assert Path(run.path("removal")).read_bytes() == whole
 
 
 def published_wanda_sp(model: PreTrainedModel, ids: Tensor, *, ratio: float) -> None:

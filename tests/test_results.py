@@ -45,6 +45,32 @@ def test_failures_stay_alone_and_are_named() -> None:
     }
 
 
+def test_measurements_in_different_float_types_are_not_compared() -> None:
+    """As `auto` takes them on different machines; those without their type count as equal."""
+
+    def measured(dtype: str | None) -> list[Measurement]:
+        own = {} if dtype is None else {"dtype": dtype}
+        return [
+            Measurement(kind, name, {metric: 0.5, **own}, None, f"results/{dtype}/{kind}_{name}.json")
+            for kind, name, metric in [("perplexity", "ptb", "perplexity"), ("accuracy", "piqa", "acc")]
+        ]
+
+    for pair in [("bfloat16", "bfloat16"), (None, "float32"), ("float32", None), (None, None)]:
+        found = results.side_by_side(*map(measured, pair))
+        assert not found["errors"] and found["average"]["tasks"] == 1
+    found = results.side_by_side(measured("bfloat16"), measured("float32"))
+    assert found["perplexity"]["ptb"] == {"dense": 0.5, "compressed": None, "windows": None}
+    assert found["average"] == {"tasks": 0, "of": 1}
+    for name, file in {
+        "perplexity ptb": "perplexity_ptb.json",
+        "accuracy piqa": "accuracy_piqa.json",
+    }.items():
+        why = found["errors"][name]["compressed"]
+        assert why.startswith("measured in float32, but the dense model in bfloat16")
+        assert f"--force results/float32/{file}`" in why and f"results/bfloat16/{file}" in why
+        assert "calibration.dtype: auto" in why
+
+
 def test_average_is_over_the_tasks_that_both_models_have() -> None:
     found = results.side_by_side(DENSE, COMPRESSED)["average"]
     assert (found["tasks"], found["of"]) == (2, 3)
@@ -123,4 +149,4 @@ def test_no_runs_give_an_empty_table(tmp_path: Path) -> None:
 def test_a_measurement_is_read_from_its_artifact(tmp_path: Path) -> None:
     file = tmp_path / "accuracy_arc_easy-0123456789.json"
     write_json(file, {"error": "no network", "seconds": 1.0})
-    assert results.read_measurement(str(file)) == failed("accuracy", "arc_easy")
+    assert results.read_measurement(str(file)) == failed("accuracy", "arc_easy")._replace(file=str(file))

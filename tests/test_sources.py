@@ -127,6 +127,9 @@ def test_local_model_stays_where_it_is_and_every_tensor_is_described(
             assert entry["shape"] == list(tensor.shape)
             assert entry["sha256"] == hashlib.sha256(tensor.view(torch.uint8).numpy().tobytes()).hexdigest()
     assert not described
+    assert {"config.json", "model.safetensors.index.json"} <= set(record["files"])
+    for name, expected in record["files"].items():
+        assert hashlib.sha256((model_folder / name).read_bytes()).hexdigest() == expected
 
 
 def test_a_relative_path_is_recorded_as_absolute(
@@ -238,10 +241,34 @@ def test_a_quantized_model_is_refused_before_its_weights_are_read_or_downloaded(
     assert [download["allow_patterns"] for download in asked] == [["config.json"]]
 
 
+def test_code_that_a_model_brings_along_is_never_run(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor asked about; where transformers has the model itself, that is used."""
+    ran = tmp_path / "ran"
+    (model_folder / "mine.py").write_text(
+        f"open({str(ran)!r}, 'w')\nfrom transformers import LlamaConfig as Config, LlamaForCausalLM as Mine\n"
+    )
+    config = json.loads((model_folder / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Mine"}
+    (model_folder / "config.json").write_text(json.dumps(config))
+    assert describe_tensors(model_folder)
+    (model_folder / "config.json").write_text(json.dumps(config | {"model_type": "mine"}))
+    message = r"its own code \(auto_map in its config\.json\), which is never run: .* of type 'mine'"
+    with pytest.raises(SourceError, match=message):
+        fetch_model({"path": str(model_folder)}, output=tmp_path / "source.json", cache=tmp_path)
+    asked = _serve(monkeypatch, model_folder, [path.name for path in model_folder.iterdir()])
+    with pytest.raises(SourceError, match=message):
+        fetch_model({"hub": "org/name"}, output=tmp_path / "out" / "source.json", cache=tmp_path)
+    assert [download["allow_patterns"] for download in asked] == [["config.json"]]
+    assert not ran.exists()
+
+
 def test_a_damaged_config_is_named(model_folder: Path) -> None:
-    (model_folder / "config.json").write_text('{"model_type": ')
-    with pytest.raises(SourceError, match=r"config\.json is not JSON"):
-        describe_tensors(model_folder)
+    for content, message in [('{"model_type": ', "is not JSON"), ("[]", "holds no JSON object")]:
+        (model_folder / "config.json").write_text(content)
+        with pytest.raises(SourceError, match=rf"config\.json {message}"):
+            describe_tensors(model_folder)
 
 
 def _unreachable(*_: Any, **__: Any) -> None:

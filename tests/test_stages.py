@@ -15,8 +15,9 @@ from stored import TOKENS, describe, random_tokens
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from workflow_copy import trained_tokenizer
 
-from aasvd import calibration, checkpoint, evaluate, provenance, sources, stages
+from aasvd import blocks, calibration, checkpoint, evaluate, provenance, sources, stages
 from aasvd.artifacts import (
+    Activations,
     DamagedArtifactError,
     read_json,
     read_table,
@@ -26,7 +27,7 @@ from aasvd.artifacts import (
 )
 from aasvd.device import compute_dtype
 from aasvd.layout import failure_file
-from aasvd.stages import evaluation, publication, stage
+from aasvd.stages import compression, evaluation, originals, publication, ranks, stage
 
 CPU = torch.device("cpu")
 CALIBRATION: dict[str, Any] = {"dtype": "float32", "batch": 2}
@@ -369,6 +370,26 @@ def test_refinement_that_makes_a_block_worse_is_not_kept(chain: Callable[..., Ch
     assert "solved factors stay" in Path(run.path("log")).read_text()
 
 
+def test_what_decides_on_refinement_does_not_depend_on_the_batch(
+    chain: Callable[..., Chain], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The batch is in no key, so results may not tell it."""
+    monkeypatch.setattr(compression, "_MEASURED", 2)
+    run = chain("llama")
+    run.original()
+    run.solve(0)
+    found = []
+    for batch in (1, 2, 3):
+        monkeypatch.setitem(CALIBRATION, "batch", batch)
+        run.refine(0)
+        found.append(read_json(Path(run.path("refine0.json"))))
+    for record in found:
+        assert record["before"] == pytest.approx({**found[0]["before"], "sequences": 2}, rel=1e-4)
+        assert record["refined"] == pytest.approx(found[0]["refined"], rel=1e-4)
+    run.propagate(0)
+    assert read_json(Path(run.path("propagate0.json")))["after"]["mse"] != found[0]["refined"]["mse"]
+
+
 def test_a_stage_repeated_gives_the_same_bytes_and_records_itself(chain: Callable[..., Chain]) -> None:
     run = chain("llama")
     run.original()
@@ -404,6 +425,43 @@ def test_an_assembled_checkpoint_is_made_again_over_its_remains(chain: Callable[
     assert (folder / "SHA256SUMS").exists()
     second = load_file(folder / "model.safetensors")
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_post_step_adds_to_the_factors_as_they_are_stored(chain: Callable[..., Chain], dtype: str) -> None:
+    """Whatever type the passes compute in: what a float32 checkpoint gains has the rank of the update."""
+    run = chain("llama")
+    PreTrainedTokenizerFast(tokenizer_object=trained_tokenizer(["some words"])).save_pretrained(run.dense)
+    count = run.original()
+    for block in range(count):
+        run.solve(block)
+        run.refine(block)
+        run.propagate(block)
+    run.assemble(count)
+    stages.adapt_model(
+        source=run.path("source.json"),
+        tokens=run.path("tokens.parquet"),
+        checksums=run.path("model/SHA256SUMS"),
+        adapted=run.path("adapted/SHA256SUMS"),
+        record=run.path("adapt.json"),
+        details={},
+        seed=0,
+        calibration_settings={**CALIBRATION, "dtype": dtype},
+        post={"epochs": 1, "rank": 2, "alpha": 4.0, "batch": 2, "learning_rate": 1e-2},
+        log=run.log,
+    )
+    assert read_json(Path(run.path("adapt.json")))["losses"].keys() == {"u", "v"}
+    before, after = (load_file(run.path(f"{name}/model.safetensors")) for name in ("model", "adapted"))
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        change = after[name] - tensor
+        if name.endswith((".u", ".v")):
+            singular = torch.linalg.svdvals(change)
+            assert singular[0] > 1e-3
+            # The rest is the float32 rounding of the factors themselves.
+            assert singular[2] < 1e-5 * torch.linalg.svdvals(tensor)[0]
+        else:
+            assert not change.any(), name
 
 
 def test_a_damaged_input_names_stage_file_and_command(chain: Callable[..., Chain]) -> None:
@@ -444,6 +502,33 @@ def test_running_out_of_memory_says_which_setting_lowers_it(tmp_path: Path) -> N
     ):
         raise torch.OutOfMemoryError
     assert not (tmp_path / "record").exists()
+
+
+@pytest.mark.parametrize(
+    ("function", "module", "others"),
+    [
+        ("differentiate_head", originals, ["tokens", "hidden", "gradient"]),
+        ("differentiate_block", originals, ["inputs", "upstream", "gradient", "statistics"]),
+        ("differentiate_weights", originals, ["inputs", "upstream", "output"]),
+        ("average_block", originals, ["inputs", "output", "buckets", "seed"]),
+        ("measure_block", ranks, ["covariances", "gradients", "fisher", "tokens", "outputs", "output"]),
+    ],
+)
+def test_stages_of_one_sequence_at_a_time_name_what_helps_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str, module: Any, others: list[str]
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(module, "Activations", full)
+    arguments: dict[str, Any] = {
+        **dict.fromkeys(others, "x"), "source": "x", "settings": CALIBRATION,
+        "log": str(tmp_path / "log"), "record": str(tmp_path / "record"),
+        **({} if function == "differentiate_head" else {"index": 0}),
+        **({"measure": "profile", "inputs": "x"} if function == "measure_block" else {}),
+    }  # fmt: skip
+    with pytest.raises(stages.StageError, match=r"out of memory; set fewer calibration\.tokens"):
+        getattr(stages, function)(**arguments)
 
 
 def test_a_mistake_in_the_code_keeps_its_type(tmp_path: Path) -> None:
@@ -493,6 +578,32 @@ def test_auto_is_bfloat16_where_it_is_fast(monkeypatch: pytest.MonkeyPatch) -> N
     assert compute_dtype("auto", CPU) == torch.bfloat16
 
 
+def test_blocks_go_on_in_the_type_of_their_activations(
+    chain: Callable[..., Chain], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One machine begins, another one, that is fast in another type, goes on: keys know only `auto`."""
+    monkeypatch.setitem(CALIBRATION, "dtype", "auto")
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    run = chain("llama")
+    run.original()
+    used: list[torch.dtype] = []
+    load = blocks.load_block
+
+    def loaded(*arguments: Any, dtype: torch.dtype, **others: Any) -> Any:
+        used.append(dtype)
+        return load(*arguments, dtype=dtype, **others)
+
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    monkeypatch.setattr(blocks, "load_block", loaded)
+    run.solve(0)
+    run.refine(0)
+    run.propagate(0)
+    assert Activations(Path(run.path("s1"))).dtype == torch.bfloat16
+    # The first is what is solved, the last what activations go through; refinement trains in float32.
+    assert used[0] == used[-1] == torch.bfloat16
+
+
 def test_a_linked_folder_stores_no_byte_twice_and_replaces_what_was_there(tmp_path: Path) -> None:
     source, target = tmp_path / "source", tmp_path / "target"
     for folder in (source, target):
@@ -502,6 +613,17 @@ def test_a_linked_folder_stores_no_byte_twice_and_replaces_what_was_there(tmp_pa
     publication._link_folder(source, target)
     assert (target / "a").read_text() == "source"
     assert (target / "a").samefile(source / "a")
+
+
+def test_a_folder_that_cannot_be_linked_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: Any) -> None:
+        raise PermissionError("no hard links here")
+
+    monkeypatch.setattr(Path, "hardlink_to", refused)
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "a").write_text("source")
+    publication._link_folder(tmp_path / "source", tmp_path / "target")
+    assert (tmp_path / "target" / "a").read_text() == "source"
 
 
 def test_seconds_are_summed_over_blocks() -> None:
@@ -569,7 +691,7 @@ def test_a_measurement_names_its_failure_and_forgets_it_once_it_works(
     text, output = tmp_path / "texts" / "notes" / "key" / "test.parquet", tmp_path / "perplexity_notes.json"
     monkeypatch.setattr(evaluation, "model_folder", lambda model: tmp_path)
     monkeypatch.setattr(evaluation, "load_model", lambda folder, settings: (tiny_model("llama"), None))
-    monkeypatch.setattr(evaluate, "windows", lambda text, tokenizer, **_: text)
+    monkeypatch.setattr(evaluate, "windows", lambda *_, **__: random_tokens(1))
     found: list[Any] = [evaluate.NonFiniteLossError("3 of 8 windows"), {"perplexity": 9.0}]
 
     def perplexity(*_: Any, **__: Any) -> Any:
@@ -590,7 +712,7 @@ def test_a_measurement_names_its_failure_and_forgets_it_once_it_works(
         assert record.get("error") == error
         assert failure_file(output).exists() == (error is not None)
         write_table(text, pa.table({"text": ["some words"]}))
-    assert record["measurement"] == {"perplexity": 9.0}
+    assert record["measurement"] == {"perplexity": 9.0, "dtype": "float32"}
 
 
 @pytest.mark.parametrize("name", ["opt", "llama"])  # learned and rotary positions
@@ -621,6 +743,32 @@ def test_sequences_longer_than_the_model_has_positions_are_refused(
     stages.sample_calibration(settings=settings | {"tokens": 128}, **sampled)
     stages.evaluate_perplexity(settings={"window": 128, "windows": 2}, **measured)
     assert read_json(tmp_path / "p.json")["measurement"]["windows"] == 2
+
+
+def test_a_text_is_asked_for_before_a_model_is_loaded(tmp_path: Path) -> None:
+    """A text that could not be fetched costs no loading of many gigabytes."""
+    text = tmp_path / "texts" / "notes" / "key" / "test.parquet"
+    sources.write_failure(text, "the hub is far")
+    stages.evaluate_perplexity(
+        model="absent", text=str(text), output=str(tmp_path / "p.json"),
+        settings={"window": 4, "windows": 0}, calibration=CALIBRATION, log=str(tmp_path / "log"),
+    )  # fmt: skip
+    assert read_json(tmp_path / "p.json")["error"] == "the hub is far"
+
+
+def test_a_token_outside_the_vocabulary_fails_its_measurement_alone(tmp_path: Path) -> None:
+    """The tiny model has rows for 128 ids, the tokenizer many more."""
+    tiny_model("llama").save_pretrained(tmp_path / "dense")
+    words = trained_tokenizer(["some words"] * 3)
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path / "dense")
+    text = tmp_path / "texts" / "notes" / "key" / "test.parquet"
+    write_table(text, pa.table({"text": ["éèê" * 50]}))
+    stages.evaluate_perplexity(
+        model=str(describe(tmp_path / "dense")), text=str(text), output=str(tmp_path / "p.json"),
+        settings={"window": 8, "windows": 0}, calibration=CALIBRATION, log=str(tmp_path / "log"),
+    )  # fmt: skip
+    assert "is outside the model's vocabulary of 128" in read_json(tmp_path / "p.json")["error"]
+    assert failure_file(tmp_path / "p.json").exists()
 
 
 def test_a_damaged_text_is_no_failure_of_its_measurement_alone(tmp_path: Path) -> None:

@@ -501,6 +501,22 @@ def test_a_mistaken_command_is_one_message(
     assert len(done.text.splitlines()) < 25
 
 
+@pytest.mark.parametrize(
+    "artifact",
+    [
+        "sources/models/tiny/0000000000/source.json",
+        "sources/texts/made-up/0000000000/test.parquet",
+        "sources/tasks/piqa/0000000000/rows.parquet",
+        "evaluation/tiny/dense/0000000000/{}",
+    ],
+)
+def test_nothing_is_kept_under_a_key_that_it_was_not_made_from(finished_copy: Copy, artifact: str) -> None:
+    measurement = finished_copy.find("evaluation/tiny/dense/*/perplexity_*.json").name
+    done = finished_copy.snakemake("--dry-run", f"results/artifacts/{artifact.format(measurement)}")
+    assert done.code == 1, done.text
+    assert re.search(r"lies in results/\S+/0000000000, its key is .* made with other parameters", done.text)
+
+
 def test_models_and_data_that_cannot_be_used_are_one_message_each(another: Copy, tmp_path: Path) -> None:
     """All in one call that keeps going; what is finished stays."""
     tokenizer = PreTrainedTokenizerFast(

@@ -127,28 +127,28 @@ def adapt_model(
         ids = calibration.read_tokens(Path(tokens))
         model, _ = load_model(model_folder(checksums), calibration_settings)
         with progress.training("post-step") as on_step:
-            measured["losses"] = adapt.adapt(
+            trained = adapt.adapt(
                 model,
                 ids,
                 recipe=adapt.Recipe(**post),
                 generator=torch.Generator().manual_seed(seed),
                 on_step=on_step,
             )
-        state = model.state_dict()
+        measured["losses"] = trained.losses
         described = json.loads((Path(checksums).parent / "config.json").read_text())
         stored_type = getattr(torch, described["dtype"])
         dense = blocks.Source(Path(source))
-        # What is not updated comes from the checkpoint in its own type, not in that of the passes.
+        # All comes from the checkpoint in its own type, not in that of the passes; updates add in float32.
         before = {
             name: tensor.file
             for name, tensor in stored_tensors(sorted(Path(checksums).parent.glob("*.safetensors"))).items()
         }
 
         def tensor(name: str) -> Tensor:
-            if name.endswith((".u", ".v")):
-                return state[name]
             with safe_open(before[name], framework="pt") as file:
-                return file.get_tensor(name)
+                stored: Tensor = file.get_tensor(name)
+            update = trained.updates.get(name)
+            return stored if update is None else update.merged(stored)
 
         shutil.rmtree(Path(adapted).parent, ignore_errors=True)
         checkpoint.write(

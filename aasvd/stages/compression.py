@@ -2,7 +2,6 @@
 
 import copy
 import logging
-import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -44,13 +43,13 @@ def solve_block(
 ) -> None:
     """Solve one block's factors, or prune it; statistics that the objective does not need are None."""
     with stage(f"solve block {index}", log=Path(log), record=Path(record), advice=PASSES) as measured:
-        around = Block(source, index, calibration, record=record)
+        x, x_shifted = (Activations(Path(file)) if file else None for file in (original, shifted))
+        around = Block(source, index, calibration, record=record, like=x_shifted)
         named = read_json(Path(ranks))["ranks"]
         chosen = {name: named[f"{index}.{name}"] for name in blocks.linears(around.parts.blocks[index])}
         if compression["objective"] == "wanda_sp":
-            return write_tensors(
-                Path(output), _wanda_sp(around, Activations(Path(shifted or "")), chosen, measured)
-            )
+            assert x_shifted is not None
+            return write_tensors(Path(output), _wanda_sp(around, x_shifted, chosen, measured))
         if 0 in chosen.values():
             units.require_residual(around.original(), around.short())
         known = statistics_of(
@@ -58,7 +57,7 @@ def solve_block(
         )
         stream, groups = None, [list(group) for group in known]
         if "shifted" in methods.OBJECTIVES[compression["objective"]].needs:
-            x, x_shifted = Activations(Path(original or "")), Activations(Path(shifted or ""))
+            assert x is not None and x_shifted is not None
             arguments = around.arguments(x)
             # Only here does it matter which group comes first.
             groups = around.groups(x, arguments)
@@ -127,7 +126,7 @@ def refine_block(
     """Refine one solved block, factors and norms together, against the original block's outputs."""
     with stage(f"refine block {index}", log=Path(log), record=Path(record), advice=_STEPS) as measured:
         x, y = Activations(Path(shifted)), Activations(Path(target))
-        around = Block(source, index, calibration, record=record)
+        around = Block(source, index, calibration, record=record, like=x)
         factors = read_tensors(Path(solved), device=around.device)
         streams: dict[str, Any] = {
             "inputs": x,
@@ -136,9 +135,11 @@ def refine_block(
             "device": around.device,
         }
         solved_block = around.compressed(factors, around.dtype)
-        # On some sequences: a pass over all of them would take as long as many steps.
-        some: dict[str, Any] = {"batch": around.batch, "batches": math.ceil(_MEASURED / around.batch)}
+        # On some sequences: a pass over all of them would take as long as many steps. On the same ones
+        # whatever the batch is, which is in no key: they decide which factors stay.
+        some: dict[str, Any] = {"batch": around.batch, "first": _MEASURED}
         measured["before"] = refine.distortion(solved_block, **streams, **some)
+        measured["before"]["sequences"] = min(_MEASURED, len(x))
         recipe, gone = refine.Recipe(**refinement), pruned(factors)
         linears = blocks.linears(around.parts.blocks[index])
         if all(gone.get(name) == [0, 0] for name in linears) or measured["before"][recipe.loss] == 0:
@@ -180,7 +181,7 @@ def propagate(
     with stage(f"propagate block {index}", log=Path(log), record=Path(record), advice=PASSES) as measured:
         start = time.perf_counter()
         x, y = Activations(Path(shifted)), Activations(Path(target))
-        around = Block(source, index, calibration, record=record)
+        around = Block(source, index, calibration, record=record, like=x)
         block = around.compressed(read_tensors(Path(factors), device=around.device), around.dtype)
         with around.writing(output, like=x, label="propagate") as append:
             measured["after"] = refine.distortion(
@@ -214,6 +215,7 @@ def _block_line(around: Block, after: Mapping[str, float], *, seconds: float) ->
         f"{metric} " + (f"{before[metric]:.4g} → " if before else "") + f"{after[metric]:.4g}"
         for metric in ("mse", "cosine")
     )
+    distortion += f" (solved: {before['sequences']:.0f} sequences)" if before else ""
     seconds += sum(record["seconds"] for record in made)
     peak = max([peak_memory_mb(), *(record["peak_memory_mb"] for record in made)])
     left = seconds_left(around.folder.parent, done=around.index + 1, count=around.count) or 0.0

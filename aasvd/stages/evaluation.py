@@ -6,9 +6,11 @@ from typing import Any
 
 import pyarrow as pa
 import torch
+from transformers import PreTrainedModel
 
 from aasvd import evaluate, layers, memory, sources
 from aasvd.artifacts import Activations, mark_failure, read_table, read_tensors
+from aasvd.calibration import check_vocabulary
 from aasvd.device import release_memory
 from aasvd.stages.loading import Block, load_model, model_folder, too_long
 from aasvd.stages.stage import PASSES, report_failure, stage
@@ -26,13 +28,18 @@ def evaluate_perplexity(
     """Measure a model's perplexity on one text."""
     name = Path(text).parts[-3]
 
-    def measure() -> dict[str, float | int]:
-        network, tokenizer = load_model(model_folder(model), calibration)
+    def measure() -> dict[str, Any]:
         joined = sources.document_text(_evaluated_table(text))
+        network, tokenizer = load_model(model_folder(model), calibration)
         tokens = evaluate.windows(joined, tokenizer, window=settings["window"], windows=settings["windows"])
+        try:
+            vocabulary = network.config.get_text_config().vocab_size
+            check_vocabulary(tokens, tokenizer, vocabulary=vocabulary)
+        except ValueError as error:
+            raise evaluate.MeasurementError(str(error)) from error
         if reason := too_long(settings["window"], network.config, setting="evaluation.window"):
             raise evaluate.MeasurementError(reason)
-        return evaluate.perplexity(network, tokens, progress=f"perplexity {name}")
+        return _typed(network, evaluate.perplexity(network, tokens, progress=f"perplexity {name}"))
 
     _measure(f"perplexity {name}", measure, output=output, advice="lower evaluation.window", log=log)
 
@@ -52,7 +59,7 @@ def evaluate_accuracy(
     def measure() -> dict[str, Any]:
         _evaluated_table(rows)
         network, tokenizer = load_model(model_folder(model), calibration)
-        return evaluate.accuracy(
+        found = evaluate.accuracy(
             network,
             tokenizer,
             task=task,
@@ -60,8 +67,14 @@ def evaluate_accuracy(
             limit=settings["limit"],
             batch_size=settings["batch"],
         )
+        return _typed(network, found)
 
     _measure(f"accuracy {task}", measure, output=output, advice="lower evaluation.batch", log=log)
+
+
+def _typed(network: PreTrainedModel, found: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a measurement with the float type that the model computed in, which `auto` does not tell."""
+    return {**found, "dtype": str(network.dtype).removeprefix("torch.")}
 
 
 def _evaluated_table(file: str) -> pa.Table:
@@ -108,7 +121,7 @@ def measure_layers(
     """Measure how far every linear of a finished block is from the original's."""
     with stage(f"layers of block {index}", log=Path(log), record=Path(output), advice=PASSES) as measured:
         x, x_shifted = Activations(Path(original)), Activations(Path(shifted))
-        around = Block(source, index, calibration, record=output)
+        around = Block(source, index, calibration, record=output, like=x)
         call = around.arguments(x)
         measured["layers"] = layers.layer_errors(
             around.original(),

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from aasvd import blocks, checkpoint, compress, formats, objectives, progress, units
 from aasvd.artifacts import Activations, read_json, read_tensors, writing_activations
@@ -21,11 +21,29 @@ SHORT = 16
 class Block:
     """One block's surroundings: model, arguments, groups, device and float type, for one stage."""
 
-    def __init__(self, source: str, index: int, settings: Mapping[str, Any], *, record: str) -> None:
+    def __init__(
+        self,
+        source: str,
+        index: int,
+        settings: Mapping[str, Any],
+        *,
+        record: str,
+        like: Activations | None = None,
+    ) -> None:
+        """Load what surrounds a block.
+
+        Args:
+            source: The model's source.json.
+            index: The block's number.
+            settings: The section `calibration` of params.yaml.
+            record: The stage's record.
+            like: Activations that the stage reads, where it does: passes compute in their type.
+        """
         self.source, self.index, self.batch = blocks.Source(Path(source)), index, settings["batch"]
         self.parts = blocks.skeleton(self.source.folder)
         self.device = compute_device()
-        self.dtype = compute_dtype(settings["dtype"], self.device)
+        # Not what this machine is fast in, where another one may have begun: a key knows only `auto`.
+        self.dtype = compute_dtype(settings["dtype"], self.device) if like is None else like.dtype
         self.count = len(self.parts.blocks)
         self.label = f"block {index + 1} of {self.count}"
         # Of this phase, capture or compression: the records of both lie in a folder per block.
@@ -145,10 +163,8 @@ def statistics_of(
 def load_model(folder: Path, settings: Mapping[str, Any]) -> tuple[PreTrainedModel, Any]:
     """Load a model to be run whole, on this machine's device and in its float type, and its tokenizer."""
     device = compute_device()
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=compute_dtype(settings["dtype"], device)).to(
-        device
-    )
-    return model, AutoTokenizer.from_pretrained(folder)
+    model = blocks.open_model(folder, dtype=compute_dtype(settings["dtype"], device))
+    return model.to(device), blocks.open_tokenizer(folder)
 
 
 def model_folder(model: str) -> Path:

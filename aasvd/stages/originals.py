@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer
 
 from aasvd import blocks, calibration, compress, gradients
 from aasvd.artifacts import Activations, read_table, write_tensors, writing_activations
 from aasvd.covariance import pack
 from aasvd.device import compute_device, compute_dtype
 from aasvd.stages.loading import Block, too_long
-from aasvd.stages.stage import PASSES, stage
+from aasvd.stages.stage import PASSES, SEQUENCES, stage
 
 _logger = logging.getLogger(__name__)
 
@@ -24,12 +23,12 @@ def sample_calibration(
     """Sample calibration tokens from a text."""
     with stage("sample calibration", log=Path(log), record=None, advice=PASSES):
         folder = blocks.Source(Path(source)).folder
-        config = AutoConfig.from_pretrained(folder)
+        config = blocks.open_config(folder)
         if reason := too_long(settings["tokens"], config, setting="calibration.tokens"):
             raise ValueError(reason)
         tokens = calibration.sample(
             read_table(Path(text)),
-            AutoTokenizer.from_pretrained(folder),
+            blocks.open_tokenizer(folder),
             sequences=settings["sequences"],
             tokens=settings["tokens"],
             sampling=settings["sampling"],
@@ -69,7 +68,7 @@ def capture_block(
     """Run one original block: its outputs, and a covariance per group of linears that share an input."""
     with stage(f"capture block {index}", log=Path(log), record=Path(record), advice=PASSES):
         hidden = Activations(Path(inputs))
-        around = Block(source, index, settings, record=record)
+        around = Block(source, index, settings, record=record, like=hidden)
         arguments = around.arguments(hidden)
         groups = around.groups(hidden, arguments)
         with around.writing(outputs, like=hidden, label="capture originals") as append:
@@ -100,12 +99,12 @@ def differentiate_head(
     log: str,
 ) -> None:
     """Differentiate the dense model's loss with respect to what leaves its last block."""
-    with stage("differentiate head", log=Path(log), record=Path(record), advice=PASSES) as measured:
+    with stage("differentiate head", log=Path(log), record=Path(record), advice=SEQUENCES) as measured:
         x = Activations(Path(hidden))
-        around = Block(source, 0, settings, record=record)
+        around = Block(source, 0, settings, record=record, like=x)
         head = blocks.Head(around.source, around.parts, device=around.device, dtype=around.dtype)
         ids = calibration.read_tokens(Path(tokens))[: settings["gradients"] or None]
-        # float32: a gradient is a sum of many small terms, and this file lives as long as one stage.
+        # float32: a gradient is a sum of many small terms.
         with writing_activations(
             Path(gradient), shape=(len(ids), *x.shape[1:]), dtype=torch.float32
         ) as append:
@@ -125,9 +124,9 @@ def differentiate_block(
     log: str,
 ) -> None:
     """Run one original block forward and backward: its linears' gradients, and that of its input."""
-    with stage(f"differentiate block {index}", log=Path(log), record=Path(record), advice=PASSES):
+    with stage(f"differentiate block {index}", log=Path(log), record=Path(record), advice=SEQUENCES):
         x, above = Activations(Path(inputs)), Activations(Path(upstream))
-        around = Block(source, index, settings, record=record)
+        around = Block(source, index, settings, record=record, like=x)
         arguments = around.arguments(x)
         with around.writing(gradient, like=above, label="gradients", dtype=torch.float32) as append:
             found = gradients.block_gradients(
@@ -157,9 +156,9 @@ def differentiate_weights(
     log: str,
 ) -> None:
     """Run one original block forward and backward for the gradients of its linears' weights."""
-    with stage(f"fisher block {index}", log=Path(log), record=Path(record), advice=PASSES):
+    with stage(f"fisher block {index}", log=Path(log), record=Path(record), advice=SEQUENCES):
         x = Activations(Path(inputs))
-        around = Block(source, index, settings, record=record)
+        around = Block(source, index, settings, record=record, like=x)
         arguments = around.arguments(x)
         found = gradients.block_fisher(
             around.original(),
@@ -189,9 +188,9 @@ def average_block(
 
     Buckets hold as many sequences each, but for the last: there are at most as many as asked for.
     """
-    with stage(f"average block {index}", log=Path(log), record=Path(record), advice=PASSES) as measured:
+    with stage(f"average block {index}", log=Path(log), record=Path(record), advice=SEQUENCES) as measured:
         x = Activations(Path(inputs))
-        around = Block(source, index, settings, record=record)
+        around = Block(source, index, settings, record=record, like=x)
         arguments = around.arguments(x)
         groups = around.groups(x, arguments)
         # The same buckets in every block.

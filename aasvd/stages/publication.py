@@ -179,7 +179,8 @@ def _link_folder(source: Path, target: Path) -> None:
     for file in source.iterdir():
         link = target / file.name
         link.unlink(missing_ok=True)
-        if source.stat().st_dev == target.stat().st_dev:
+        try:
             link.hardlink_to(file)
-        else:
+        except OSError:
+            # Another file system, or one without hard links.
             shutil.copyfile(file, link)

@@ -13,7 +13,7 @@ from aasvd import allocation, blocks, calibration, measures, objectives, progres
 from aasvd.artifacts import Activations, read_json, read_tensors, write_json, write_tensors
 from aasvd.rank import uniform_rank
 from aasvd.stages.loading import Block, load_model, model_folder, statistics_of
-from aasvd.stages.stage import PASSES, stage
+from aasvd.stages.stage import PASSES, SEQUENCES, stage
 
 _WHOLE = (
     "the allocation dobi trains on the whole model with one sequence at a time: set fewer "
@@ -38,14 +38,13 @@ def measure_block(
     log: str,
 ) -> None:
     """Measure what an allocation of ranks looks at, on one original block."""
-    with stage(f"measure block {index}", log=Path(log), record=Path(record), advice=PASSES):
-        around = Block(source, index, settings, record=record)
+    with stage(f"measure block {index}", log=Path(log), record=Path(record), advice=SEQUENCES):
+        x = Activations(Path(inputs)) if inputs else None
+        around = Block(source, index, settings, record=record, like=x)
         kind, _, number = measure.partition("-")
         if kind == "profile":
-            assert inputs and outputs
-            found = measures.profile(
-                Activations(Path(inputs)), Activations(Path(outputs)), device=around.device
-            )
+            assert x is not None and outputs
+            found = measures.profile(x, Activations(Path(outputs)), device=around.device)
             return write_tensors(Path(output), found)
         groups = statistics_of(covariances, gradients=gradients, device=around.device)
         statistics = {name: known for group, known in groups.items() for name in group}
@@ -62,8 +61,8 @@ def measure_block(
                 for name, weight in weights.items()
             }
         else:
-            assert inputs and tokens
-            found = _sensitivity(around, weights, statistics, Path(inputs), Path(tokens), int(number))
+            assert x is not None and tokens
+            found = _sensitivity(around, weights, statistics, x, Path(tokens), int(number))
         write_tensors(Path(output), found)
 
 
@@ -71,12 +70,11 @@ def _sensitivity(
     around: Block,
     weights: Mapping[str, Tensor],
     statistics: Mapping[str, objectives.Statistics],
-    inputs: Path,
+    x: Activations,
     tokens: Path,
     sequences: int,
 ) -> dict[str, Tensor]:
     """Try ASVD's truncation of every linear at every candidate ratio."""
-    x = Activations(inputs)
     ids = calibration.read_tokens(tokens)[:sequences]
     trials: dict[str, list[Tensor]] = {}
     options = objectives.Options(blend=0.0, ridge=0.0)

@@ -1,5 +1,6 @@
 """The stage that searches in which order attention and MLPs go (BlockPruner)."""
 
+import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,8 +9,8 @@ from typing import Any
 import torch
 
 from aasvd import blocks, calibration, progress, pruning, units
-from aasvd.artifacts import Activations, read_json, sidecar, write_json, write_tensors
-from aasvd.device import compute_device, compute_dtype
+from aasvd.artifacts import Activations, replacing, write_tensors
+from aasvd.device import compute_device
 from aasvd.stages.loading import SHORT
 from aasvd.stages.stage import PASSES, stage
 
@@ -35,10 +36,8 @@ def order_branches(
     with stage("order branches", log=Path(log), record=Path(record), advice=PASSES) as measured:
         dense = blocks.Source(Path(source))
         parts = blocks.skeleton(dense.folder)
-        device = compute_device()
-        dtype = compute_dtype(settings["dtype"], device)
         x, ids = Activations(Path(inputs)), calibration.read_tokens(Path(tokens))[:probe]
-        call: dict[str, Any] = {"device": device, "dtype": dtype}
+        call: dict[str, Any] = {"device": compute_device(), "dtype": x.dtype}
         arguments = blocks.forward_arguments(parts, tokens=x.shape[1], **call)
         model = [
             blocks.load_block(dense, parts, index, **call).requires_grad_(False)
@@ -77,7 +76,7 @@ def order_branches(
 def _searched(search: pruning.Removals, count: int, output: Path, *, batches: int) -> list[pruning.Removal]:
     """Return all removals, writing each down as it is found, and beginning with those written down before."""
     kept = output.with_name(f"{output.stem}.partial.json")
-    done = [pruning.Removal(*step) for step in read_json(kept)] if sidecar(kept).exists() else []
+    done = _written_down(kept)
     trials = batches * count * (count + 1) // 2
     left = batches * (count - len(done)) * (count - len(done) + 1) // 2
     with progress.Bar(
@@ -85,9 +84,18 @@ def _searched(search: pruning.Removals, count: int, output: Path, *, batches: in
     ) as bar:
         for step in search.steps([step.branch for step in done], on_trial=bar.update):
             done.append(step)
-            write_json(kept, done)
+            # No artifact: no rule makes it anew, so it has no checksum to be damaged by.
+            with replacing(kept) as temporary:
+                temporary.write_text(json.dumps(done))
             bar.set_postfix_str(f"{len(done)} of {count}, perplexity {step.perplexity:.4g}", refresh=False)
             _logger.info("removal %d: branch %d, perplexity %.4g", len(done), step.branch, step.perplexity)
-    for file in (kept, sidecar(kept)):
-        file.unlink(missing_ok=True)
+    kept.unlink(missing_ok=True)
     return done
+
+
+def _written_down(file: Path) -> list[pruning.Removal]:
+    """Return the removals that an interrupted search wrote down: none where they cannot be read."""
+    try:
+        return [pruning.Removal(*step) for step in json.loads(file.read_text())]
+    except (FileNotFoundError, ValueError):
+        return []

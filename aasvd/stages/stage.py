@@ -22,6 +22,8 @@ _logger = logging.getLogger(__name__)
 
 # What to do where a pass over the calibration sequences needs too much memory.
 PASSES = "lower calibration.batch in params.yaml (it changes no result's identity)"
+# Where it is one sequence at a time already.
+SEQUENCES = "set fewer calibration.tokens in params.yaml (each pass is over one sequence)"
 
 
 class StageError(ValueError):

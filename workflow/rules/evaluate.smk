@@ -6,7 +6,9 @@ def subject_model(wildcards):
     """The file that stands for the measured model: a dense source or a compressed checkpoint."""
     kind, key = wildcards.subject.split("/")
     if kind == "dense":
-        return dense_source(wildcards)
+        source = dense_source(wildcards)
+        checked(layout.require_key, key, pathlib.Path(source).parent)
+        return source
     return f"{paths_by_name(find_run(wildcards.model, kind, key).name).checkpoint}/SHA256SUMS"
 
 

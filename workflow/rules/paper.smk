@@ -2,6 +2,8 @@
 
 RUNS = "results/runs.parquet"  # tables and figures gather it anew before they read it
 SWEEP = {"calibration": ["sequences"]}
+LAYERS = layout.unkeyed_measurement("layers_{block}")
+MEMORY = layout.unkeyed_measurement("memory_bfloat16_{context}")
 ABLATION = {"compression": ["objective", "blend", "ridge", "allocation"], "refinement": ["epochs"]}
 
 
@@ -100,7 +102,8 @@ rule paper_table:
 
 def layers_of(run):
     """The errors of every block of a run."""
-    return [f"{paths_by_name(run.name).evaluation}/layers_{block:03d}.json" for block in range(blocks_of(run.model))]
+    folder = paths_by_name(run.name).evaluation
+    return [f"{folder}/{LAYERS.format(block=f'{block:03d}')}" for block in range(blocks_of(run.model))]
 
 
 def unfollowed(wildcards):
@@ -182,7 +185,7 @@ rule layer_errors:
         shifted=lambda w: ancient(shifted_input(w, int(w.block))),
         factors=lambda w: ancient(finished_factors(w, int(w.block))),
     output:
-        f"{EVALUATION}/{{calibration}}/{{compression}}/layers_{{block}}.json",
+        f"{EVALUATION}/{{calibration}}/{{compression}}/{LAYERS}",
     log:
         "logs/{model}/{calibration}/{compression}/layers_{block}.log",
     resources:
@@ -218,9 +221,9 @@ rule memory:
     """Measure the memory that a dense or compressed model needs to read a context and to generate."""
     input:
         model=lambda w: ancient(subject_model(w)),
-        again=failed(f"{EVALUATION}/{{subject}}/memory_bfloat16_{{context}}.json"),
+        again=failed(f"{EVALUATION}/{{subject}}/{MEMORY}"),
     output:
-        f"{EVALUATION}/{{subject}}/memory_bfloat16_{{context}}.json",
+        f"{EVALUATION}/{{subject}}/{MEMORY}",
     log:
         "logs/{model}/{subject}/memory_bfloat16_{context}.log",
     resources:

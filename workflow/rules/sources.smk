@@ -1,5 +1,20 @@
+def todays(folder):
+    """An input function that gives no file, but refuses a source under another key than today's parameters give it.
+
+    A name alone says what is fetched: it would be kept under a key that it was not made from.
+    """
+
+    def nothing(wildcards):
+        checked(layout.require_key, wildcards.key, checked(folder, wildcards))
+        return []
+
+    return nothing
+
+
 checkpoint fetch_model:
     """Fetch a dense model as safetensors and describe its tensors and blocks."""
+    input:
+        todays(lambda w: layout.model_folder(config, w.model)),
     output:
         source=f"{MODEL}/source.json",
         outline=f"{MODEL}/outline.json",
@@ -22,6 +37,7 @@ checkpoint fetch_model:
 rule fetch_text:
     """Fetch one split of a text as a table of documents."""
     input:
+        todays(lambda w: layout.text_file(config, w.text, w.split).parent),
         failed(f"{ARTIFACTS}/sources/texts/{{text}}/{{key}}/{{split}}.parquet"),
     output:
         f"{ARTIFACTS}/sources/texts/{{text}}/{{key}}/{{split}}.parquet",
@@ -44,6 +60,7 @@ rule fetch_text:
 rule fetch_task:
     """Fetch the rows of a zero-shot task in the schema that lm-eval's stock task reads."""
     input:
+        todays(lambda w: layout.task_file(config, w.task).parent),
         failed(f"{ARTIFACTS}/sources/tasks/{{task}}/{{key}}/rows.parquet"),
     output:
         f"{ARTIFACTS}/sources/tasks/{{task}}/{{key}}/rows.parquet",
