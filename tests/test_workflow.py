@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -239,6 +240,32 @@ def test_a_run_that_keeps_no_tensors_makes_the_same_checkpoint(finished_copy: Co
     # Another measurement asks for none of them again.
     copy.change(evaluation={"windows": 1})
     assert set(copy.planned(target[-1])) <= MEASURES | {"publish"}
+
+
+def test_nothing_is_forgotten_where_a_text_ends_just_after_a_model(tmp_path: Path) -> None:
+    """A model is fetched alone; where it is not, Snakemake forgets the rest, and that is an error."""
+    copy = workflow_copy.create(tmp_path / "race", **NO_TASKS)
+    rules = copy.path("workflow/rules/sources.smk")
+    head, fetch_text, rest = rules.read_text().partition("stages(wildcards).fetch_text(")
+    body, end, rest = rest.partition("\n        )\n")
+    # Its output is there when the model is, but it has not ended.
+    late = (
+        "        while not list(pathlib.Path(ARTIFACTS).glob('sources/models/*/*/fetch.json')):\n"
+        "            time.sleep(0.1)\n"
+        "        time.sleep(3)\n"
+    )
+    slow = f"{head}{fetch_text}{body}{end}{late}{rest}"
+    beside, threads = re.subn(r"\n    threads: .*", "", slow)
+    assert threads == 1
+    target = ("--cores", "2", "--", f"results/{RUN}/eval.json")
+    rules.write_text(beside)
+    done = copy.run("snakemake", *target)
+    assert done.code == 1, done.text
+    assert "was not made: Snakemake lost sight of it" in done.text
+    shutil.rmtree(copy.path("results"))
+    rules.write_text(slow)
+    copy.must("snakemake", *target)
+    assert copy.evaluation()["ratio"]["target"] == 0.6
 
 
 @pytest.mark.parametrize("at_a_time", [1, 2])

@@ -99,4 +99,9 @@ rule publish:
 
 
 onsuccess:
+    if missing := forgotten():
+        raise WorkflowError(
+            f"{missing[0]} was not made: Snakemake lost sight of it while a model was fetched. "
+            "Nothing is lost; run the same command again."
+        )
     importlib.import_module("aasvd.versioning").commit()

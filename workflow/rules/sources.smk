@@ -21,6 +21,9 @@ checkpoint fetch_model:
         record=f"{MODEL}/fetch.json",
     log:
         "logs/{model}/fetch_model_{key}.log",
+    # First and alone: see `forgotten` in state.smk.
+    priority: 2
+    threads: workflow.resource_settings.cores or 1
     params:
         source=lambda w: checked(params.choose, w.model, config["models"], "model"),
     run:

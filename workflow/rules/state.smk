@@ -81,6 +81,16 @@ def stages(wildcards):
 unwatched = Stages([])
 
 
+def forgotten():
+    """The files that were asked for and are not there, though Snakemake ends well.
+
+    When a model is fetched, Snakemake looks anew at what has to run. A job whose output is there but which has not
+    ended yet then hides all jobs behind it, where they read that output as `ancient`: they are never run.
+    """
+    targets = workflow.dag.targetjobs
+    return [file for job in targets for file in (job.output or job.input) if not pathlib.Path(file).exists()]
+
+
 onstart:
     # Stages compute in Snakemake's own process, or are waited for there. Its limit of jobs per second, which is for clusters, makes it look for
     # jobs to start every second as many times as jobs ended while others waited: soon that takes the interpreter.
