@@ -23,13 +23,12 @@ import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
 
-from aasvd import evaluate, layout, params, refine
+from aasvd import blocks, evaluate, layout, params, refine
 from aasvd.device import compute_dtype
 
 REPOSITORY = Path(__file__).parent.parent
@@ -165,7 +164,7 @@ def forward_share(folder: Path, *, dtype: torch.dtype, window: int = 2048, repea
     Both take the same window; processor time, of which other programs' load is no part, and the best of
     some repeats.
     """
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    model: Any = blocks.open_model(folder, dtype=dtype).eval()
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, model.config.vocab_size, (1, window), generator=generator)
 
@@ -242,9 +241,9 @@ def memory(repository_config: Mapping[str, Any], dense: Path) -> dict[str, dict[
     """
     peaks: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as name:
-        model = AutoModelForCausalLM.from_pretrained(dense, num_hidden_layers=2)
+        model = AutoModelForCausalLM.from_pretrained(dense, num_hidden_layers=2, trust_remote_code=False)
         model.save_pretrained(name)
-        AutoTokenizer.from_pretrained(dense).save_pretrained(name)
+        blocks.open_tokenizer(dense).save_pretrained(name)
         runs = [f"short_r0.6{variant}" for variant in ("", "_anchored")]
         for sequences in (32, 128):
             overrides = {

@@ -73,11 +73,7 @@ def merge(folder: Path, output: Path) -> None:
 def _dense(name: str, layer: CompressedLinear | PrunedLinear, dtype: torch.dtype) -> nn.Linear:
     """Return the linear that a layer stands for, in a float type."""
     with torch.no_grad():
-        if isinstance(layer, PrunedLinear):
-            weight = layer.dense().to(dtype)
-        else:
-            u, v = layer.factors(torch.float32)
-            weight = (u.float() @ v.float()).to(dtype)
+        weight = layer.dense().to(dtype)
     if not torch.isfinite(weight).all():
         raise ValueError(f"{name}: the merged weight is not finite in {dtype}")
     linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")

@@ -127,8 +127,8 @@ class CompressedLinear(nn.Module):
         raise NotImplementedError
 
     def dense(self) -> Tensor:
-        """Return the weight (out, in) that the layer stands for."""
-        u, v = self.factors()
+        """Return the weight (out, in) that the layer stands for, multiplied out in float32 at least."""
+        u, v = (factor.to(torch.promote_types(factor.dtype, torch.float32)) for factor in self.factors())
         return u @ v
 
     def extra_repr(self) -> str:
