@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from aasvd import attention
 from aasvd.fusion import unfuse
 from aasvd.likelihood import token_losses
 from aasvd.lowrank import LowRankLinear
@@ -99,9 +98,6 @@ def adapt(
     model.requires_grad_(False)
     # While it is trained, a factor is a function of parameters, not one itself.
     unfuse(model)
-    # Its backward pass and that of the loss by parts: a step in 0.73 of the time on a CPU.
-    attention.register()
-    model.set_attn_implementation(attention.NAME)
     per_round = recipe.epochs * math.ceil(len(tokens) / recipe.batch)
     adapted = Adapted({}, {})
     for number, factor in enumerate(("u", "v")):

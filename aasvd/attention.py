@@ -1,8 +1,9 @@
-"""Causal attention for training on CPUs: more than twice as fast as torch's there, and as accurate.
+"""Causal attention on CPUs: two to three times as fast as torch's there in bfloat16, and as accurate.
 
-torch's fused CPU kernel recomputes the probabilities in its backward pass, a row at a time, without the
-processor's matrix units; at a block's refinement that was a third of a step. Calibration sequences are
-short, so the probabilities can be kept, and everything is a batched matrix product or one fused pass.
+torch's fused CPU kernel works a row at a time and, but for some processors, without their bfloat16 units; its
+backward pass recomputes the probabilities. Here everything is a batched matrix product or one fused
+pass over scores that fit the processor's cache, and training, whose sequences are short, keeps the
+probabilities.
 """
 
 import contextlib
@@ -21,7 +22,9 @@ NAME = "aasvd"
 
 # Queries of one step: small enough to skip most of the upper triangle, large enough for full speed.
 _QUERIES = 128
-# Above this length torch's kernel, which keeps nothing, is the better trade.
+# Scores of one step, in float32: with more, memory is asked from the system anew at every step.
+_SCORES = 2**20
+# Above this length training is left to torch's kernel, which keeps no probabilities.
 _LONGEST = 4096
 
 
@@ -82,12 +85,16 @@ def attention(
     trains = torch.is_grad_enabled() and query.requires_grad
     plain = attention_mask is None and dropout == 0 and is_causal is not False
     causal = is_causal or getattr(module, "is_causal", True)
-    fits = query.shape[2] == key.shape[2] <= _LONGEST and value.shape[3] == key.shape[3]
+    fits = query.shape[2] == key.shape[2] and value.shape[3] == key.shape[3]
     # Softcapping and the like arrive as further arguments; position ids do not concern attention itself.
     known = set(arguments) <= {"position_ids", "sliding_window", "use_cache", "cache_position"}
-    if query.device.type == "cpu" and trains and plain and causal and fits and known:
+    faster = query.shape[2] <= _LONGEST if trains else query.dtype == torch.bfloat16
+    if query.device.type == "cpu" and plain and causal and fits and known and faster:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        output: Tensor = CausalAttention.apply(query, key, value, scale)  # type: ignore[no-untyped-call]
+        if trains:
+            output: Tensor = CausalAttention.apply(query, key, value, scale)  # type: ignore[no-untyped-call]
+        else:
+            output, _ = _attend(query, key, value, scale, keep=False)
         return output.transpose(1, 2).contiguous(), None
     return sdpa_attention_forward(
         module,
@@ -102,37 +109,77 @@ def attention(
     )
 
 
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, *, keep: bool
+) -> tuple[Tensor, list[Tensor]]:
+    """Return softmax(q kᵀ scale) v with a causal mask, shaped like `query`, and the probabilities.
+
+    The latter of each step, (sequences x key heads, heads per key head x queries, keys), if they are kept.
+    """
+    sequences, heads, tokens, width = query.shape
+    shared, group = sequences * key.shape[1], heads // key.shape[1]
+    # Heads that share a key stand below each other, so that no key or value is repeated.
+    q = query.reshape(shared, group, tokens, width).float()
+    k, v = key.reshape(shared, tokens, width).float(), value.reshape(shared, tokens, width)
+    output = v.new_empty(shared, group, tokens, width)
+    future = torch.full((_QUERIES, _QUERIES), -math.inf).triu_(1)
+    kept = []
+    with _exact_products(query.dtype):
+        for start in range(0, tokens, _QUERIES):
+            stop = min(start + _QUERIES, tokens)
+            rows = stop - start
+            probabilities = v.new_empty(shared, group * rows, stop) if keep else None
+            at_a_time = max(1, _SCORES // (group * rows * stop))
+            for first in range(0, shared, at_a_time):
+                some = slice(first, first + at_a_time)
+                queries = q[some, :, start:stop].flatten(1, 2)
+                # Scores in float32: rounded to 8 bits they would be the largest error by far.
+                scores = torch.baddbmm(
+                    queries.new_empty(()), queries, k[some, :stop].transpose(1, 2), beta=0, alpha=scale
+                )
+                scores.view(-1, group, rows, stop)[..., start:].add_(future[:rows, :rows])
+                shares = torch.softmax(scores, dim=-1, out=scores)
+                shares = shares.to(v.dtype) if probabilities is None else probabilities[some].copy_(shares)
+                output[some, :, start:stop] = torch.bmm(shares, v[some, :stop]).view(-1, group, rows, width)
+            if probabilities is not None:
+                kept.append(probabilities)
+    return output.view(query.shape), kept
+
+
+@contextlib.contextmanager
+def _exact_products(dtype: torch.dtype) -> Iterator[None]:
+    """Let float32 products of numbers that are bfloat16 use the units for those: not a digit is lost."""
+    if dtype != torch.bfloat16:
+        yield
+        return
+    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
 class CausalAttention(torch.autograd.Function):
     """softmax(q kᵀ scale) v with a causal mask; heads may share keys and values in groups."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """Return the outputs, shaped like `query`; see `attention` for the shapes."""
-        sequences, heads, tokens, width = query.shape
-        shared = sequences * key.shape[1]
-        # Heads that share a key stand below each other, so that no key or value is repeated.
-        q = (query * scale).reshape(shared, heads // key.shape[1], tokens, width)
-        k, v = key.reshape(shared, tokens, width), value.reshape(shared, tokens, width)
-        output = torch.empty_like(q)
-        kept = []
-        for start in range(0, tokens, _QUERIES):
-            stop = min(start + _QUERIES, tokens)
-            rows = stop - start
-            scores = torch.bmm(q[:, :, start:stop].reshape(shared, -1, width), k[:, :stop].transpose(1, 2))
-            future = torch.ones(rows, rows, dtype=torch.bool).triu_(1)
-            scores.view(shared, -1, rows, stop)[..., start:].masked_fill_(future, -math.inf)
-            probabilities = torch.softmax(scores, dim=-1)
-            output[:, :, start:stop] = torch.bmm(probabilities, v[:, :stop]).view(shared, -1, rows, width)
-            kept.append(probabilities)
-        ctx.save_for_backward(q, k, v, *kept)
-        ctx.scale, ctx.shapes = scale, (query.shape, key.shape)
-        return output.view(query.shape)
+        output, kept = _attend(query, key, value, scale, keep=True)
+        ctx.save_for_backward(query, key, value, *kept)
+        ctx.scale = scale
+        return output
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         """Return the gradients of query, key and value."""
-        q, k, v, *kept = ctx.saved_tensors
-        shared, _, _, width = q.shape
+        query, key, value, *kept = ctx.saved_tensors
+        sequences, heads, tokens, width = query.shape
+        shared, group = sequences * key.shape[1], heads // key.shape[1]
+        q = query.reshape(shared, group, tokens, width)
+        k, v = key.reshape(shared, tokens, width), value.reshape(shared, tokens, width)
         gradient = gradients[0].reshape(q.shape)
         d_query = torch.empty_like(q)
         # Keys collect from every later step: in float32, as one product over all queries would.
@@ -148,6 +195,10 @@ class CausalAttention(torch.autograd.Function):
             d_key[:, :stop] += torch.bmm(d_scores.transpose(1, 2), queries)
             d_value[:, :stop] += torch.bmm(probabilities.transpose(1, 2), rows)
             start = stop
-        query_shape, key_shape = ctx.shapes
-        d_query = (d_query * ctx.scale).view(query_shape)
-        return d_query, d_key.to(k.dtype).view(key_shape), d_value.to(v.dtype).view(key_shape), None
+        d_query, d_key = d_query * ctx.scale, d_key * ctx.scale
+        return (
+            d_query.view(query.shape),
+            d_key.to(k.dtype).view(key.shape),
+            d_value.to(v.dtype).view(key.shape),
+            None,
+        )

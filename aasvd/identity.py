@@ -18,11 +18,11 @@ VERSIONS = {
     "model": 2,
     "text": 1,
     "task": 1,
-    "calibration": 5,
-    "compression": 7,
-    "evaluation": 3,
+    "calibration": 6,
+    "compression": 8,
+    "evaluation": 4,
     "positions": 1,
-    "post": 3,
+    "post": 4,
 }
 
 # Settings that change how a result is computed, but not which result it is.

@@ -19,7 +19,8 @@ Config = Mapping[str, Any]
 SCHEMA = Path(__file__).parent.parent / "workflow" / "schemas" / "params.schema.yaml"
 DEFAULT = "default"  # the run whose model and ratio are those of params.yaml
 RUN = re.compile(r"(?P<model>.+)_r(?P<ratio>[0-9.]+)(?P<parts>(?:_[A-Za-z0-9-]+){,2})")
-_COMPARISON = re.compile(r"((?P<table>[^/]+)/)?(?P<model>[^/]+)_r(?P<ratios>[0-9.]+(-[0-9.]+)*)")
+RATIOS = r"[0-9.]+(-[0-9.]+)*"  # as the names of tables join them
+_COMPARISON = re.compile(rf"((?P<table>[^/]+)/)?(?P<model>[^/]+)_r(?P<ratios>{RATIOS})")
 
 _POWER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")  # a number that YAML 1.1 may take for a string
 

@@ -21,6 +21,7 @@ from aasvd.muon import Muon
 
 WARM_UP = 0.1  # share of the steps with a rising learning rate
 FLOOR = 0.1  # final learning rate, relative to its peak
+_SMALLEST = 1e-12  # what a squared norm counts as at least, where it is divided by
 _MOMENTUM = 0.9  # of Muon; its default of 0.95 looks back over half of a short refinement
 
 
@@ -169,7 +170,7 @@ def _relative(output: Tensor, target: Tensor) -> Tensor:
     The first token of a sequence can be a thousand times as large as the others (an attention sink); by
     squared error alone a block would be fitted to little else.
     """
-    return (output - target).square().sum(-1) / target.square().sum(-1).clamp_min(1e-12)
+    return (output - target).square().sum(-1) / target.square().sum(-1).clamp_min(_SMALLEST)
 
 
 def _order(count: int, *, shuffle: bool, generator: torch.Generator) -> list[int]:
@@ -214,9 +215,14 @@ class Distance:
     def add(self, found: Tensor, wanted: Tensor) -> None:
         """Add outputs, (..., width)."""
         found, wanted = found.float(), wanted.float()
-        self._squared += float((found - wanted).square().sum(dtype=torch.float64))
-        self._relative += float(_relative(found, wanted).sum(dtype=torch.float64))
-        self._cosine += float((1 - F.cosine_similarity(found, wanted, dim=-1)).sum(dtype=torch.float64))
+        error = found - wanted
+        squared, own, reference, common = (
+            torch.linalg.vecdot(a, b).double()
+            for a, b in ((error, error), (found, found), (wanted, wanted), (found, wanted))
+        )
+        self._squared += float(squared.sum())
+        self._relative += float((squared / reference.clamp_min(_SMALLEST)).sum())
+        self._cosine += float((1 - common / (own * reference).sqrt().clamp_min(_SMALLEST)).sum())
         self._tokens += found.shape[:-1].numel()
         self._elements += found.numel()
 

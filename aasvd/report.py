@@ -130,7 +130,6 @@ def model_card(
         f"| {what} | {dense} | {compressed} |" for what, dense, compressed in _table(result).rows
     )
     source = ", ".join(f"{key} {value}" for key, value in base.items())
-    made = _calibration(result["calibration"]) + _training(result)
     on_hub = f"\nbase_model: {base['hub']}" if "hub" in base else ""
     ratio = result["ratio"]
     return f"""---
@@ -145,7 +144,7 @@ Base model: {result["model"]} ({source}), whose licence applies. Compressed by {
 objective {result["objective"]}, allocation {result["allocation"]}, storage {result["storage"]},
 precision {result["precision"]}; kept {ratio["achieved"]:.4f} of the linears' parameters
 (asked: {ratio["target"]:g}).
-{made}
+{_made(result)}
 
 | | dense | compressed |
 | --- | --- | --- |
@@ -183,28 +182,26 @@ Nothing in the folder is executed. `sha256sum -c SHA256SUMS` checks it; loading 
 """
 
 
-def _calibration(settings: Mapping[str, Any]) -> str:
-    windows = f"{settings['sequences']} {settings['sampling']} windows of {settings['tokens']} tokens"
-    return f"Calibrated on {windows} of {settings['text']}."
-
-
-def _training(result: Mapping[str, Any]) -> str:
-    """Say how blocks were refined and what was trained after all, where anything was."""
-    refinement, post = result["refinement"], result["post"]
-    said = " Blocks are as they were solved."
+def _made(result: Mapping[str, Any]) -> str:
+    """Say what a model was calibrated on, how its blocks were refined and what was trained after all."""
+    text, refinement, post = (result[name] for name in ("calibration", "refinement", "post"))
+    windows = f"{text['sequences']} {text['sampling']} windows of {text['tokens']} tokens"
+    sentences = [f"Calibrated on {windows} of {text['text']}."]
     if refinement["epochs"]:
         most = f", at most {refinement['steps']} steps a block" if refinement["steps"] else ""
-        said = (
-            f" Each block was refined against the original one's output: {refinement['optimizer']}, rate "
+        sentences.append(
+            f"Each block was refined against the original one's output: {refinement['optimizer']}, rate "
             f"{refinement['learning_rate']:g}, {refinement['epochs']} epochs{most}, {refinement['batch']} "
             "sequences a step."
         )
+    else:
+        sentences.append("Blocks are as they were solved.")
     if post["epochs"]:
-        said += (
-            f" Then all factors were updated by LoRA of rank {post['rank']}: {post['epochs']} epochs for "
+        sentences.append(
+            f"Then all factors were updated by LoRA of rank {post['rank']}: {post['epochs']} epochs for "
             "every U, and as many for every V."
         )
-    return said
+    return " ".join(sentences)
 
 
 def _by_block(blocks: Mapping[int, Mapping[str, int | None]]) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from aasvd.params import RUN, Config, choose, parse_comparison, parse_run
+from aasvd.params import RATIOS, RUN, Config, choose, parse_comparison, parse_run
 
 
 class Form(NamedTuple):
@@ -27,7 +27,7 @@ class Form(NamedTuple):
 
 
 _NUMBER = r"(\d+\.?\d*|\.\d+)"
-_RATIOS = r"_r(?P<ratios>[0-9.]+(-[0-9.]+)*)"
+_RATIOS = rf"_r(?P<ratios>{RATIOS})"
 _TABLE, _FIGURE = ("html", "md", "tex"), ("png", "svg")
 
 # By kind, what lies under results/paper/<kind>/ (workflow/rules/paper.smk); the first few are of one rule.
@@ -38,8 +38,10 @@ PAPER = {
     "budget": Form(
         "<model>_<GB>[-<GB>...]GB_<tokens>", rf"(?P<models>[^+]+)_{_NUMBER}(-{_NUMBER})*GB_\d+", _TABLE
     ),
-    "depth": Form("<model>_r<ratio>", r"(?P<models>[^+]+)_r(?P<ratios>[0-9.]+)", _FIGURE),
-    "calibration": Form("<model>_r<ratio>", r"(?P<models>[^+]+)_r(?P<ratios>[0-9.]+)", _FIGURE),
+    **dict.fromkeys(
+        ("depth", "calibration"),
+        Form("<model>_r<ratio>", r"(?P<models>[^+]+)_r(?P<ratios>[0-9.]+)", _FIGURE),
+    ),
     "layers": Form("<run>", r"(?P<run>.+)", _FIGURE),
 }
 # Under results/compare/; what is wrong with another name, parse_comparison says.

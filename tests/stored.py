@@ -1,6 +1,7 @@
 """Models and activations on disk, as the stages of the pipeline find them."""
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,3 +67,19 @@ def activations(path: Path, values: Tensor) -> Activations:
     """Write activations in one piece, not through the writer under test, and open them."""
     write_tensors(path, {"activations": values})
     return Activations(path)
+
+
+def assert_updated(
+    before: Mapping[str, Tensor], after: Mapping[str, Tensor], *, rank: int, least: float
+) -> None:
+    """Check that all factors of a model's state changed by a matrix of a rank, and that nothing else did."""
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        change = after[name] - tensor
+        if name.endswith((".u", ".v")):
+            singular = torch.linalg.svdvals(change)
+            assert singular[0] > least
+            # The rest is the float32 rounding of the factors themselves.
+            assert singular[rank] < 1e-5 * torch.linalg.svdvals(tensor)[0]
+        else:
+            assert not change.any(), name

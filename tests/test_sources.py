@@ -223,6 +223,16 @@ def test_hub_model_that_cannot_be_read_is_not_downloaded(
     assert not asked
 
 
+def _assert_refused(folder: Path, message: str, *, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check that a model is refused by its config.json alone, from a local folder and from the hub."""
+    with pytest.raises(SourceError, match=message):
+        fetch_model({"path": str(folder)}, output=output / "source.json", cache=output)
+    asked = _serve(monkeypatch, folder, [path.name for path in folder.iterdir()])
+    with pytest.raises(SourceError, match=message):
+        fetch_model({"hub": "org/name"}, output=output / "out" / "source.json", cache=output)
+    assert [download["allow_patterns"] for download in asked] == [["config.json"]]
+
+
 @pytest.mark.parametrize("method", ["fp8", "gptq", "bitsandbytes", "aasvd"])
 def test_a_quantized_model_is_refused_before_its_weights_are_read_or_downloaded(
     method: str, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -233,12 +243,7 @@ def test_a_quantized_model_is_refused_before_its_weights_are_read_or_downloaded(
     quantization = {"quantization_config": {"quant_method": method}}
     (model_folder / "config.json").write_text(json.dumps(config | quantization))
     message = rf"quantized or compressed already \({method}: quantization_config"
-    with pytest.raises(SourceError, match=message):
-        fetch_model({"path": str(model_folder)}, output=tmp_path / "source.json", cache=tmp_path)
-    asked = _serve(monkeypatch, model_folder, [path.name for path in model_folder.iterdir()])
-    with pytest.raises(SourceError, match=message):
-        fetch_model({"hub": "org/name"}, output=tmp_path / "out" / "source.json", cache=tmp_path)
-    assert [download["allow_patterns"] for download in asked] == [["config.json"]]
+    _assert_refused(model_folder, message, output=tmp_path, monkeypatch=monkeypatch)
 
 
 def test_code_that_a_model_brings_along_is_never_run(
@@ -255,12 +260,7 @@ def test_code_that_a_model_brings_along_is_never_run(
     assert describe_tensors(model_folder)
     (model_folder / "config.json").write_text(json.dumps(config | {"model_type": "mine"}))
     message = r"its own code \(auto_map in its config\.json\), which is never run: .* of type 'mine'"
-    with pytest.raises(SourceError, match=message):
-        fetch_model({"path": str(model_folder)}, output=tmp_path / "source.json", cache=tmp_path)
-    asked = _serve(monkeypatch, model_folder, [path.name for path in model_folder.iterdir()])
-    with pytest.raises(SourceError, match=message):
-        fetch_model({"hub": "org/name"}, output=tmp_path / "out" / "source.json", cache=tmp_path)
-    assert [download["allow_patterns"] for download in asked] == [["config.json"]]
+    _assert_refused(model_folder, message, output=tmp_path, monkeypatch=monkeypatch)
     assert not ran.exists()
 
 

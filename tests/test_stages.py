@@ -11,7 +11,7 @@ import pytest
 import torch
 from architectures import TINY, linears, tiny_model
 from safetensors.torch import load_file
-from stored import TOKENS, describe, random_tokens
+from stored import TOKENS, assert_updated, describe, random_tokens
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from workflow_copy import trained_tokenizer
 
@@ -452,16 +452,7 @@ def test_a_post_step_adds_to_the_factors_as_they_are_stored(chain: Callable[...,
     )
     assert read_json(Path(run.path("adapt.json")))["losses"].keys() == {"u", "v"}
     before, after = (load_file(run.path(f"{name}/model.safetensors")) for name in ("model", "adapted"))
-    assert before.keys() == after.keys()
-    for name, tensor in before.items():
-        change = after[name] - tensor
-        if name.endswith((".u", ".v")):
-            singular = torch.linalg.svdvals(change)
-            assert singular[0] > 1e-3
-            # The rest is the float32 rounding of the factors themselves.
-            assert singular[2] < 1e-5 * torch.linalg.svdvals(tensor)[0]
-        else:
-            assert not change.any(), name
+    assert_updated(before, after, rank=2, least=1e-3)
 
 
 def test_a_damaged_input_names_stage_file_and_command(chain: Callable[..., Chain]) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from aasvd import blocks, checkpoint, compress, formats, objectives, progress, units
+from aasvd import attention, blocks, checkpoint, compress, formats, objectives, progress, units
 from aasvd.artifacts import Activations, read_json, read_tensors, writing_activations
 from aasvd.covariance import unpack
 from aasvd.device import compute_device, compute_dtype
@@ -164,6 +164,8 @@ def load_model(folder: Path, settings: Mapping[str, Any]) -> tuple[PreTrainedMod
     """Load a model to be run whole, on this machine's device and in its float type, and its tokenizer."""
     device = compute_device()
     model = blocks.open_model(folder, dtype=compute_dtype(settings["dtype"], device))
+    attention.register()
+    model.set_attn_implementation(attention.NAME)
     return model.to(device), blocks.open_tokenizer(folder)
 
 

@@ -30,7 +30,6 @@ wildcard_constraints:
     measure=r"(spectra|influence|relative_gradients|profile|sensitivity)(-\w+)?",
     buckets=r"\d+",
     positions=r"r[0-9.]+-[0-9a-f]{10}",
-    probe=r"\d+",
 
 
 def checked(function, *args, **kwargs):
@@ -59,7 +58,7 @@ paths_by_name = functools.cache(lambda name: layout.Paths(config, parse_run(name
 def run_of(wildcards):
     """The run that a rule's wildcards belong to."""
     if "run" in wildcards.keys():
-        REQUESTED.add(wildcards.run)
+        REQUESTED[wildcards.run] = None
         return parse_run(wildcards.run)
     return find_run(wildcards.model, wildcards.calibration, wildcards.get("compression"), wildcards.get("positions"))
 

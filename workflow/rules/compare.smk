@@ -3,7 +3,9 @@
 
 def comparison_of(wildcards):
     """The runs of a comparison."""
-    return checked(params.parse_comparison, config, wildcards.comparison)
+    compared = checked(params.parse_comparison, config, wildcards.comparison)
+    REQUESTED.update(dict.fromkeys(run.name for run in compared.runs.values()))
+    return compared
 
 
 PUBLISHED = workflow.source_path("../published.json")
@@ -43,7 +45,7 @@ rule compare:
     log:
         "logs/compare/{comparison}.log",
     wildcard_constraints:
-        comparison=r"([A-Za-z0-9-]+/)?[A-Za-z0-9][A-Za-z0-9._-]*_r[0-9.]+(-[0-9.]+)*",
+        comparison=rf"([A-Za-z0-9-]+/)?[A-Za-z0-9][A-Za-z0-9._-]*_r{params.RATIOS}",
     params:
         compared=comparison_of,
         shown=compared,

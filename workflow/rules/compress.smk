@@ -48,6 +48,8 @@ rule allocate:
         record=f"{COMPRESSED}/allocate.json",
     log:
         "logs/{model}/{calibration}/{compression}/allocate.log",
+    priority:
+        turn
     params:
         ratio=lambda w: run_of(w).ratio,
         settings=settings_of("compression"),
@@ -85,6 +87,8 @@ rule solve_block:
         record=f"{COMPRESSED}/block_{{block}}/solve.json",
     log:
         "logs/{model}/{calibration}/{compression}/solve_{block}.log",
+    priority:
+        turn
     resources:
         gpu=1,
     params:
@@ -112,6 +116,8 @@ rule refine_block:
         record=f"{COMPRESSED}/block_{{block}}/refine.json",
     log:
         "logs/{model}/{calibration}/{compression}/refine_{block}.log",
+    priority:
+        turn
     resources:
         gpu=1,
     params:
@@ -140,6 +146,8 @@ rule propagate:
         record=f"{COMPRESSED}/block_{{block}}/propagate.json",
     log:
         "logs/{model}/{calibration}/{compression}/propagate_{block}.log",
+    priority:
+        turn
     resources:
         gpu=1,
     params:
@@ -161,6 +169,8 @@ rule assemble:
         record=f"{COMPRESSED}/assemble.json",
     log:
         "logs/{model}/{calibration}/{compression}/assemble.log",
+    priority:
+        turn
     params:
         settings=settings_of("compression"),
         details=lambda w: identity.compression_ingredients(config, run_of(w)),
@@ -186,6 +196,8 @@ rule adapt:
         record=f"{COMPRESSED}/adapt.json",
     log:
         "logs/{model}/{calibration}/{compression}/adapt.log",
+    priority:
+        turn
     resources:
         gpu=1,
     params:

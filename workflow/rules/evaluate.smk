@@ -32,6 +32,8 @@ rule perplexity:
         f"{EVALUATION}/{{subject}}/perplexity_{{text}}-{{key}}.json",
     log:
         "logs/{model}/{subject}/perplexity_{text}-{key}.log",
+    priority:
+        turn
     resources:
         gpu=1,
     params:
@@ -57,6 +59,8 @@ rule accuracy:
         f"{EVALUATION}/{{subject}}/accuracy_{{task}}-{{key}}.json",
     log:
         "logs/{model}/{subject}/accuracy_{task}-{key}.log",
+    priority:
+        turn
     resources:
         gpu=1,
     params:

@@ -244,17 +244,23 @@ rule order_branches:
         tokens=ancient(f"{CALIBRATION}/tokens.parquet"),
         inputs=lambda w: ancient(original_input(w, 0)),
     output:
-        output=f"{ORIGINAL}/measures/removal-{{probe}}.safetensors",
-        record=f"{ORIGINAL}/measures/removal-{{probe}}.json",
+        output=f"{ORIGINAL}/measures/{{measure}}.safetensors",
+        record=f"{ORIGINAL}/measures/{{measure}}.json",
     log:
-        "logs/{model}/{calibration}/order_branches_{probe}.log",
+        "logs/{model}/{calibration}/order_branches_{measure}.log",
+    wildcard_constraints:
+        measure=r"removal-\d+",
     resources:
         gpu=1,
     params:
         settings=settings_of("calibration"),
     run:
         stages(wildcards).order_branches(
-            **input, **output, probe=int(wildcards.probe), settings=params.settings, log=log[0]
+            **input,
+            **output,
+            probe=int(wildcards.measure.removeprefix("removal-")),
+            settings=params.settings,
+            log=log[0],
         )
 
 

@@ -10,7 +10,7 @@ ABLATION = {"compression": ["objective", "blend", "ridge", "allocation"], "refin
 wildcard_constraints:
     table="|".join(targets.TABLES),
     names=r"[A-Za-z0-9][A-Za-z0-9._+-]*",
-    ratios=r"[0-9.]+(-[0-9.]+)*",
+    ratios=params.RATIOS,
     ratio=r"[0-9.]+",
     gigabytes=r"[0-9.]+(-[0-9.]+)*",
     context=r"[0-9]+",
@@ -30,7 +30,7 @@ def made(names):
     """The published numbers of runs; that a target needs them makes them asked-for runs."""
     for name in names:
         checked(params.parse_run, config, name)
-    REQUESTED.update(names)
+    REQUESTED.update(dict.fromkeys(names))
     return [f"results/{name}/eval.json" for name in names]
 
 

@@ -6,7 +6,7 @@ def phase(name):
 
     def files(wildcards):
         runs = [checked(params.parse_run, config, run) for run in config["runs"]]
-        REQUESTED.update(config["runs"])
+        REQUESTED.update(dict.fromkeys(config["runs"]))
         return [
             file
             for run in runs

@@ -77,6 +77,8 @@ rule publish:
         blocks_file="results/{run}/blocks.json",
     log:
         "logs/publish/{run}.log",
+    priority:
+        turn
     params:
         run=run_of,
         base=lambda w: config["models"][run_of(w).model],

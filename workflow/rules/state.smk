@@ -2,7 +2,7 @@
 
 import time
 
-REQUESTED = set()  # names of the runs that are asked for, as input functions meet them
+REQUESTED = {}  # names of the runs that are asked for, in the order in which input functions meet them
 
 
 def marker(name):
@@ -41,8 +41,7 @@ def status_files(wildcards):
 def works_for(run, wildcards):
     """Whether a job's wildcards fit a run."""
     paths = paths_by_name(run.name)
-    measured = wildcards.get("measure") or ("probe" in wildcards.keys() and f"removal-{wildcards.probe}")
-    if measured and measured not in params.measures(run):
+    if "measure" in wildcards.keys() and wildcards.measure not in params.measures(run):
         return False
     own = {
         "run": run.name,
@@ -55,6 +54,12 @@ def works_for(run, wildcards):
     return all(wildcards[name] == own[name] for name in own if name in wildcards.keys()) and (
         "subject" not in wildcards.keys() or wildcards.subject in (subject, f"dense/{paths.model.name}")
     )
+
+
+def turn(wildcards):
+    """A job's priority: that of the first run it works for, so that runs end one after the other and not all at the end."""
+    runs = (parse_run(name) for name in REQUESTED)
+    return -next((place for place, run in enumerate(runs) if works_for(run, wildcards)), 0)
 
 
 # How many stages compute at a time; without an accelerator they share the cores.
@@ -87,8 +92,8 @@ def forgotten():
     When a model is fetched, Snakemake looks anew at what has to run. A job whose output is there but which has not
     ended yet then hides all jobs behind it, where they read that output as `ancient`: they are never run.
     """
-    targets = workflow.dag.targetjobs
-    return [file for job in targets for file in (job.output or job.input) if not pathlib.Path(file).exists()]
+    files = (file for job in workflow.dag.targetjobs for file in (job.output or job.input))
+    return [file for file in files if not pathlib.Path(file).exists()]
 
 
 onstart:
