@@ -1,4 +1,4 @@
-"""Causal attention on CPUs: two to three times as fast as torch's there in bfloat16, and as accurate.
+"""Causal attention on CPUs: two to three times as fast as torch's in bfloat16, and nearly as accurate.
 
 torch's fused CPU kernel works a row at a time and, but for some processors, without their bfloat16 units; its
 backward pass recomputes the probabilities. Here everything is a batched matrix product or one fused
