@@ -1,6 +1,6 @@
 """Causal attention on CPUs: two to three times as fast as torch's in bfloat16, and nearly as accurate.
 
-torch's fused CPU kernel works a row at a time and, but for some processors, without their bfloat16 units; its
+torch's fused CPU kernel works a row at a time and, but for AMX, without the processor's bfloat16 units; its
 backward pass recomputes the probabilities. Here everything is a batched matrix product or one fused
 pass over scores that fit the processor's cache, and training, whose sequences are short, keeps the
 probabilities.
@@ -88,7 +88,9 @@ def attention(
     fits = query.shape[2] == key.shape[2] and value.shape[3] == key.shape[3]
     # Softcapping and the like arrive as further arguments; position ids do not concern attention itself.
     known = set(arguments) <= {"position_ids", "sliding_window", "use_cache", "cache_position"}
-    faster = query.shape[2] <= _LONGEST if trains else query.dtype == torch.bfloat16
+    # With AMX, torch's own forward pass in bfloat16 is as fast.
+    slow = query.dtype == torch.bfloat16 and not torch.cpu._is_amx_tile_supported()
+    faster = query.shape[2] <= _LONGEST if trains else slow
     if query.device.type == "cpu" and plain and causal and fits and known and faster:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         if trains:
