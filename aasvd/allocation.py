@@ -157,17 +157,37 @@ def round_shares(problem: Problem, shares: Floats) -> list[int | None]:
         left += problem.cost(layers[index], ranks[index])
         ranks[index] = _smaller(problem, layers[index], ranks[index])
         left -= problem.cost(layers[index], ranks[index])
+    _fill(problem, ranks, larger=lambda index, rank: _larger(problem, layers[index], rank), wanting=lost)
+    return ranks
+
+
+def _fill(
+    problem: Problem,
+    ranks: list[int | None],
+    *,
+    larger: Callable[[int, int], int | None],
+    wanting: Callable[[int], float],
+) -> None:
+    """Raise ranks, in place, as long as something fits what the budget leaves.
+
+    Args:
+        problem: What is allocated.
+        ranks: Ranks within the budget.
+        larger: The next rank of a linear, given by its place and its rank; None is dense.
+        wanting: How much a linear wants its next rank: each is raised at most once before it is asked again.
+    """
+    left = problem.budget - problem.stored(ranks)
     progress = True
     while progress:
         progress = False
-        for index in sorted(range(len(layers)), key=lost, reverse=True):
-            if ranks[index] is None:
+        for index in sorted(range(len(ranks)), key=wanting, reverse=True):
+            rank, layer = ranks[index], problem.layers[index]
+            if rank is None:
                 continue
-            larger = _larger(problem, layers[index], ranks[index])
-            step = problem.cost(layers[index], larger) - problem.cost(layers[index], ranks[index])
+            above = larger(index, rank)
+            step = problem.cost(layer, above) - problem.cost(layer, rank)
             if step <= left:
-                ranks[index], left, progress = larger, left - step, True
-    return ranks
+                ranks[index], left, progress = above, left - step, True
 
 
 def largest_rank(problem: Problem, layer: Layer) -> int:
@@ -180,8 +200,8 @@ def largest_rank(problem: Problem, layer: Layer) -> int:
     return low
 
 
-def _larger(problem: Problem, layer: Layer, rank: int | None) -> int | None:
-    return None if rank is None or rank >= largest_rank(problem, layer) else rank + 1
+def _larger(problem: Problem, layer: Layer, rank: int) -> int | None:
+    return None if rank >= largest_rank(problem, layer) else rank + 1
 
 
 def _smaller(problem: Problem, layer: Layer, rank: int | None) -> int | None:
@@ -440,25 +460,61 @@ def optimal(problem: Problem) -> Allocation:
 
     Every direction of every linear comes with what dropping it costs the model's loss (measure
     `influence`). Losses add up, so this is a knapsack of one option per linear, and is solved exactly. Large
-    linears get even ranks (`_even_ranks`).
+    linears get even ranks (`_even_ranks`), and the bound in the notes is that of these. Where steps, or
+    directions that are worth nothing, would leave the budget unmet, it is filled as far as ranks allow.
     """
-    options, costs, values = [], [], []
+    options: list[list[int | None]] = []
+    # By rank, what the directions up to there are worth together.
+    worth: list[Floats] = []
+    costs, values = [], []
     for layer in problem.layers:
         gains = problem.of_layer("influence", layer).double().cpu().numpy()
+        worth.append(np.append(0.0, np.cumsum(gains)))
         ranks = _even_ranks(layer, largest_rank(problem, layer))
         options.append([*ranks, None])
         costs.append(np.array([*(problem.cost(layer, rank) for rank in ranks), layer.size], dtype=np.int64))
         # At full rank, dense or not, nothing is lost.
-        values.append(np.append(np.cumsum(gains)[np.array(ranks, dtype=np.int64) - 1], gains.sum()))
+        values.append(worth[-1][[*ranks, -1]])
     choice = choose(costs, values, budget=problem.budget)
     chosen = [some[option] for some, option in zip(options, choice.options, strict=True)]
-    total = float(sum(value[-1] for value in values))
+
+    def next_option(index: int, rank: int) -> int | None:
+        return options[index][options[index].index(rank) + 1]
+
+    def next_rank(index: int, rank: int) -> int | None:
+        return _larger(problem, problem.layers[index], rank)
+
+    for larger in (next_option, next_rank):
+        # Below that, a rank that no other linear has is not worth what it would fill.
+        if problem.budget - problem.stored(chosen) > _TOLERANCE / 2 * problem.budget:
+            _fill(problem, chosen, larger=larger, wanting=_by_gain(problem, worth, chosen, larger))
+    total = sum(float(some[-1]) for some in worth)
+    kept = (some[-1 if rank is None else rank] for some, rank in zip(worth, chosen, strict=True))
     notes = {
-        "predicted_loss": total - choice.value,
+        "predicted_loss": total - sum(map(float, kept)),
         "predicted_loss_bound": max(0.0, total - choice.bound),
         "exact": choice.exact,
     }
     return Allocation(chosen, notes)
+
+
+def _by_gain(
+    problem: Problem,
+    worth: Sequence[Floats],
+    ranks: Sequence[int | None],
+    larger: Callable[[int, int], int | None],
+) -> Callable[[int], float]:
+    """Return what each linear's next rank is worth per parameter, as a function of its place."""
+
+    def gain(index: int) -> float:
+        rank, layer = ranks[index], problem.layers[index]
+        if rank is None:
+            return 0.0
+        above = larger(index, rank)
+        gained = float(worth[index][-1 if above is None else above] - worth[index][rank])
+        return gained / (problem.cost(layer, above) - problem.cost(layer, rank))
+
+    return gain
 
 
 def _even_ranks(layer: Layer, largest: int) -> list[int]:

@@ -19,7 +19,7 @@ VERSIONS = {
     "text": 1,
     "task": 1,
     "calibration": 6,
-    "compression": 8,
+    "compression": 9,
     "evaluation": 4,
     "positions": 1,
     "post": 4,

@@ -313,10 +313,10 @@ def adasvd(statistics: Statistics, options: Options) -> Solver:
     """AdaSVD: the input-aware solution, then least squares for U and V in turn on averaged sequences.
 
     On the inputs themselves the start is optimal and the rounds change nothing; on
-    averages they do, for the worse by the objective's measure.
+    averages they do, for the worse by the objective's measure. The rounds would undo a ridge: there is none.
     """
     assert statistics.buckets is not None
-    start, buckets = input_aware(statistics, options), statistics.buckets
+    start, buckets = input_aware(statistics, options._replace(ridge=0.0)), statistics.buckets
 
     def solve(name: str, weight: Tensor, rank: int) -> Solved:
         factors, report = start(name, weight, rank)
@@ -325,7 +325,9 @@ def adasvd(statistics: Statistics, options: Options) -> Solver:
             u = w @ buckets @ v.T @ torch.linalg.pinv(v @ buckets @ v.T, hermitian=True)
             v = torch.linalg.pinv(u) @ w
         error = relative_error(weight, u @ v, original=statistics.gram)
-        return Solved(factors._replace(u=u, v=v), report | {"relative_error": error})
+        return Solved(
+            factors._replace(u=u, v=v), report | {"relative_error": error, "energy_kept": 1 - error**2}
+        )
 
     return solve
 

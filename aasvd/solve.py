@@ -141,7 +141,9 @@ def factorize(weight: Tensor, target: Target, *, rank: int) -> Factors:
     # AdamW moves all entries alike, so the split of σ matters to refinement. As in the paper each factor
     # gets √σ, with σ in the units of one token's output; where σ vanishes, any split will do.
     sigma = (values[:rank] / target.token_count).sqrt()
-    scale = sigma.clamp_min(_SMALLEST_SIGMA * sigma[0]).clamp_min(torch.finfo(v.dtype).tiny).sqrt()
+    # Where nothing is excited at all there is no scale either, and 1 keeps both factors within float32.
+    excited = sigma[0] > torch.finfo(torch.float32).tiny
+    scale = sigma.clamp_min(torch.where(excited, _SMALLEST_SIGMA * sigma[0], 1.0)).sqrt()
     energy = values.sum().clamp_min(torch.finfo(values.dtype).tiny)
     return Factors(basis * scale, v / scale[:, None], values, (values[:rank].sum() / energy).item())
 

@@ -155,6 +155,37 @@ def test_optimal_is_the_best_of_all_ranks(seed: int) -> None:
         assert found.notes["predicted_loss"] == pytest.approx(best, abs=1e-12)
 
 
+def test_optimal_is_the_best_of_all_even_ranks() -> None:
+    """Against all combinations of those that larger linears may get: every second rank, 1 and dense."""
+    chance = torch.Generator().manual_seed(0)
+    layers = [Layer(0, str(number), shape) for number, shape in enumerate([(64, 96), (80, 64), (72, 72)])]
+    gains = [{layer.name: torch.rand(min(layer.shape), generator=chance).double() for layer in layers}]
+    compared = 0
+    for ratio, storage in itertools.product((0.4, 0.55, 0.7), ("factors", "pivoted")):
+        asked = Problem(layers, ratio, {"influence": gains}, {"storage": storage})
+        choices = [[1, *range(2, largest_rank(asked, layer) + 1, 2), None] for layer in layers]
+        worth = [np.append(0, gains[0][layer.name].cumsum(0).numpy()) for layer in layers]
+        first, second, third = (
+            [(asked.cost(layer, rank), some[-1 if rank is None else rank]) for rank in ranks]
+            for layer, ranks, some in zip(layers, choices, worth, strict=True)
+        )
+        best = max(
+            a[1] + b[1] + c[1]
+            for a, b, c in itertools.product(first, second, third)
+            if a[0] + b[0] + c[0] <= asked.budget
+        )
+        found = allocate("optimal", asked)
+        assert found.notes["exact"]
+        lost = sum(some[-1] for some in worth) - best
+        assert found.notes["predicted_loss_bound"] <= lost + 1e-9
+        if all(rank in some for rank, some in zip(found.ranks, choices, strict=True)):
+            assert found.notes["predicted_loss"] == pytest.approx(lost, abs=1e-9)
+            compared += 1
+        else:  # what the steps left of the budget was worth something too
+            assert found.notes["predicted_loss"] < lost
+    assert compared
+
+
 @pytest.mark.parametrize("storage", ["factors", "pivoted"])
 @pytest.mark.parametrize("ratio", [0.05, 0.4, 0.6, 0.8])
 def test_optimal_gives_large_linears_even_ranks_and_loses_hardly_anything(ratio: float, storage: str) -> None:

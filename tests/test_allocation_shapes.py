@@ -76,6 +76,23 @@ def test_the_budget_is_met_and_no_linear_shrinks_where_the_ratio_grows(
         before = numbers
 
 
+@pytest.mark.parametrize("storage", ["factors", "pivoted"])
+@pytest.mark.parametrize("worth", [576, 256])
+@pytest.mark.parametrize("blocks", [1, 3, 6])
+def test_optimal_meets_the_budget_of_small_models_too(blocks: int, worth: int, storage: str) -> None:
+    """Where steps of 16 ranks are a large part of it, and where most directions are worth nothing."""
+    layers = [Layer(block, name, shape) for block in range(blocks) for name, shape in SMOLLM2.items()]
+    measures = made_up(SMOLLM2, blocks)
+    for block in measures["influence"]:
+        for gains in block.values():
+            gains[worth:] = 0
+    for ratio in (0.4, 0.6, 0.7, 0.8, 0.9, 0.95):
+        asked = Problem(layers, ratio, measures, {"storage": storage})
+        found = allocate("optimal", asked)
+        assert 0.999 * asked.budget < asked.stored(found.ranks) <= asked.budget
+        assert found.notes["predicted_loss"] >= -1e-6
+
+
 def two(measure: str, *values: Tensor) -> tuple[list[Layer], dict[str, list[dict[str, Tensor]]]]:
     """Return the same linear in two blocks, and what a measure says of it in each."""
     return [Layer(block, "q_proj", (576, 576)) for block in (0, 1)], {
