@@ -80,7 +80,9 @@ def adapt(
 
     Paper (SVD-LLM, ICLR version): alpaca-cleaned, 50k instructions of up to 256 tokens, dropout 0.05 on the
     updates, a batch of 64. Here: the calibration text and `recipe`, and no dropout, since the update is
-    merged into the factor before it is used.
+    merged into the factor before it is used. Its code leaves the rest to a trainer that lets the rate fall to
+    0, decays no weights and clips gradients at 1. Here the rate stays at its peak, since a calibration set
+    gives dozens of steps and not thousands, AdamW decays the updates by 0.01, and nothing is clipped.
 
     Args:
         model: A causal model whose compressed linears are `LowRankLinear`; all else stays as it is.
