@@ -20,6 +20,9 @@ BLUE, VERMILION = "#0072B2", "#D55E00"
 PALETTE = (BLUE, "#E69F00", "#000000", "#CC79A7", VERMILION, "#56B4E9", "#009E73")
 _MARKERS = "osD^vPX"
 _DASHES = ("-", "--", "-.", ":")
+# Where many methods stand beside each other: how many times the dense model's perplexity is still shown.
+_HIGHEST = 100
+_AS_DECLARED = "as declared"  # a method without a variant
 
 
 class Series(NamedTuple):
@@ -214,7 +217,10 @@ def layers(mse: Sequence[Series], cosine: Sequence[Series], *, title: str, outpu
 
 
 def write_curves(rows: Sequence[Mapping[str, Any]], *, output: Path, title: str) -> None:
-    """Draw perplexity against ratio, one line per method, one panel per text (SVG).
+    """Draw perplexity against ratio, one line per method (SVG).
+
+    A row of panels per text, and a panel per variant; where there are more variants than methods, the other
+    way round. Methods that fail go off the top, lest all others fall into one line.
 
     Args:
         rows: Rows with `method`, `variant`, `ratio` and `perplexity <text>`; the dense model's has ratio 1.
@@ -222,35 +228,39 @@ def write_curves(rows: Sequence[Mapping[str, Any]], *, output: Path, title: str)
         title: Title of the figure.
     """
     texts = list(dict.fromkeys(name for row in rows for name in row if name.startswith("perplexity ")))
-    lines = list(dict.fromkeys((row["method"], row["variant"]) for row in rows if row["ratio"] < 1))
-    methods = list(dict.fromkeys(method for method, _ in lines))
-    variants = list(dict.fromkeys(variant for _, variant in lines))
-    colours = mpl.colormaps["turbo"].resampled(max(2, len(methods)))
-    width = 5.5 * max(1, len(texts)) + 2.5
-    with drawing(output, width=width, height=5) as figure:
-        panels = figure.subplots(1, max(1, len(texts)), squeeze=False)[0]
-        for axes, text in zip(panels, texts, strict=False):
-            known = [row for row in rows if row.get(text) is not None]
-            for method, variant in lines:
-                own = [r for r in known if (r["method"], r["variant"]) == (method, variant)]
-                points = sorted((row["ratio"], row[text]) for row in own)
-                axes.plot(
-                    [ratio for ratio, _ in points],
-                    [value for _, value in points],
-                    color=colours(methods.index(method)),
-                    linestyle=("-", "--", ":", "-.")[variants.index(variant) % 4],
-                    marker="osv^Dx*"[methods.index(method) % 7],
-                    markersize=4,
-                    linewidth=1.3,
-                    label=" ".join(filter(None, (method, variant))),
-                )
-            for row in known:
-                if row["ratio"] == 1:
-                    axes.axhline(row[text], color="black", linewidth=0.8, label="dense")
+    compressed = [row for row in rows if row["ratio"] < 1]
+    methods, variants = (list(dict.fromkeys(row[key] for row in compressed)) for key in ("method", "variant"))
+    line, panel = ("method", "variant") if len(methods) >= len(variants) else ("variant", "method")
+    lines, panels = (methods, variants) if line == "method" else (variants, methods)
+    columns, height = max(1, len(panels)), 3.6 * max(1, len(texts)) + 0.8
+    with drawing(output, width=5 * columns + 2, height=max(height, 0.2 * len(lines))) as figure:
+        grid = figure.subplots(max(1, len(texts)), columns, squeeze=False, sharex=True, sharey="row")
+        for text, some in zip(texts, grid, strict=False):
+            dense = [row[text] for row in rows if row["ratio"] == 1 and row.get(text) is not None]
+            for name, axes in zip(panels, some, strict=False):
+                for number, one in enumerate(lines):
+                    points = sorted(
+                        (row["ratio"], row[text])
+                        for row in compressed
+                        if (row[line], row[panel]) == (one, name) and row.get(text) is not None
+                    )
+                    axes.plot(
+                        [ratio for ratio, _ in points],
+                        [value for _, value in points],
+                        label=one or _AS_DECLARED,
+                        **style(number),
+                    )
+                for value in dense:
+                    axes.axhline(value, color="black", linewidth=0.8, label="dense")
+                axes.set_yscale("log")
+                axes.grid(visible=True, which="major", alpha=0.3)
+                axes.set_title(name or _AS_DECLARED, fontsize=9)
+            some[0].set_ylabel(text)
+            found = [row[text] for row in compressed if row.get(text) is not None]
+            if dense and found and max(found) > _HIGHEST * max(dense):
+                some[0].set_ylim(top=_HIGHEST * max(dense))
+        for axes in grid[-1]:
             axes.set_xlabel("retained-parameter ratio")
-            axes.set_ylabel(text)
-            axes.set_yscale("log")
-            axes.grid(visible=True, which="major", alpha=0.3)
-        if texts:
-            figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize=7)
+        if texts and compressed:
+            figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside right upper", fontsize=7)
         figure.suptitle(title)

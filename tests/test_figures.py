@@ -71,6 +71,39 @@ def test_numbers_along_a_logarithmic_axis_lie_beside_one_another(
     assert all(below.y1 <= above.y0 for below, above in itertools.pairwise(boxes))
 
 
+def test_curves_have_a_panel_per_text_and_variant_and_a_line_per_method(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Figure] = []
+
+    def kept(**settings: Any) -> Figure:
+        drawn.append(Figure(**settings))
+        return drawn[-1]
+
+    monkeypatch.setattr(figures, "Figure", kept)
+    numbers = {("svd", "", 0.4): 1e7, ("svd", "", 0.8): 90.0, ("a", "", 0.4): 60.0, ("a", "more", 0.4): 50.0}
+    rows = [
+        {"method": method, "variant": variant, "ratio": ratio, "perplexity t": value}
+        for (method, variant, ratio), value in numbers.items()
+    ]
+    dense = {"method": "dense", "variant": "", "ratio": 1.0, "perplexity t": 20.0}
+    figures.write_curves([dense, *rows], output=tmp_path / "x.svg", title="t")
+    declared, more = drawn[0].axes
+    assert [axes.get_title() for axes in (declared, more)] == ["as declared", "more"]
+    lines = {line.get_label(): list(line.get_ydata()) for line in declared.lines}
+    assert lines == {"svd": [1e7, 90.0], "a": [60.0], "dense": [20.0, 20.0]}
+    assert [list(line.get_ydata()) for line in more.lines] == [[], [50.0], [20.0, 20.0]]
+    (legend,) = drawn[0].legends
+    assert [text.get_text() for text in legend.get_texts()] == ["svd", "a", "dense"]
+    # What fails goes off the top, and the others stay apart.
+    assert 90 < declared.get_ylim()[1] < 1e4
+    # One method under many rules: a line for each of these.
+    swapped = [{**row, "method": "a", "variant": f"rule {number}"} for number, row in enumerate(rows)]
+    figures.write_curves(swapped, output=tmp_path / "y.svg", title="t")
+    (only,) = drawn[1].axes
+    assert [line.get_label() for line in only.lines] == [f"rule {number}" for number in range(4)]
+
+
 def test_series_differ_in_colour_marker_or_dash_and_neighbours_in_all() -> None:
     styles = [
         tuple(figures.style(number)[key] for key in ("color", "marker", "linestyle")) for number in range(28)
