@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -43,10 +44,16 @@ def replaced(stand_in: StandIn) -> Iterator[None]:
         _stand_in.reset(token)
 
 
-def register() -> None:
-    """Make `attn_implementation="aasvd"` known to transformers."""
-    ALL_ATTENTION_FUNCTIONS.register(NAME, attention)
-    ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, sdpa_mask)
+def use(model: PreTrainedModel) -> None:
+    """Let a model attend by `attention`, where it would by torch's kernel.
+
+    Where transformers chooses eager code instead, the model does more than that kernel can: it caps its
+    scores (Gemma 2) or lets attention go to sinks (gpt-oss).
+    """
+    if model.config._attn_implementation == "sdpa":
+        ALL_ATTENTION_FUNCTIONS.register(NAME, attention)
+        ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, sdpa_mask)
+        model.set_attn_implementation(NAME)
 
 
 def attention(

@@ -135,13 +135,11 @@ def skeleton(folder: Path) -> Skeleton:
     Raises:
         ValueError: If the model has no list of equal blocks, or its blocks hold no linear layer.
     """
-    attention.register()
     config = open_config(folder)
     # Drawing random numbers for weights that are not there takes longer than all else.
     with no_init_weights(), init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(
-            config, attn_implementation=attention.NAME, trust_remote_code=False
-        )
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    attention.use(model)
     model.tie_weights()
     model.eval()
     lists = {

@@ -1,13 +1,27 @@
 """Attention on CPUs against its formula in float64."""
 
 import math
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
+from architectures import GROUPED, tiny_model
+from stored import random_tokens
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GptOssConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+)
+from workflow_copy import trained_tokenizer
 
-from aasvd.attention import attention
+from aasvd.attention import NAME, attention
+from aasvd.blocks import skeleton
+from aasvd.stages.loading import load_model
 
 SHAPES = [(2, 6, 2, 300, 16), (3, 4, 4, 128, 24), (1, 9, 3, 1, 64), (1, 8, 1, 513, 80)]
 
@@ -87,3 +101,36 @@ def test_float32_products_of_others_keep_their_digits() -> None:
         found, _ = attention(nn.Identity(), query, key, value, None)
     assert error(a @ b, wanted) == before < 1e-6
     assert error(found, formula(query, key, value, 16**-0.5)) < 1e-6
+
+
+def _gemma2() -> PreTrainedConfig:
+    return Gemma2Config(**GROUPED, head_dim=16, attn_logit_softcapping=2.0, final_logit_softcapping=5.0)
+
+
+def _gpt_oss() -> PreTrainedConfig:
+    return GptOssConfig(**GROUPED, head_dim=16, num_local_experts=2, num_experts_per_tok=1)
+
+
+@pytest.mark.parametrize("make", [_gemma2, _gpt_oss])
+def test_models_that_cap_scores_or_have_sinks_keep_their_own_attention(
+    make: Callable[[], PreTrainedConfig], tmp_path: Path
+) -> None:
+    """Measured whole or block by block: torch's kernel would refuse the one and forget the other's sinks."""
+    model = AutoModelForCausalLM.from_config(make()).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    model.save_pretrained(tmp_path)
+    PreTrainedTokenizerFast(tokenizer_object=trained_tokenizer(["some text"])).save_pretrained(tmp_path)
+    ids = random_tokens(1)
+    with torch.no_grad():
+        wanted = model(input_ids=ids).logits
+        loaded, _ = load_model(tmp_path, {"dtype": "float32"})
+        torch.testing.assert_close(loaded(input_ids=ids).logits, wanted)
+    assert model.config._attn_implementation == "eager"
+    assert skeleton(tmp_path).model.config._attn_implementation == "eager"
+
+
+def test_others_attend_by_it(tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path)
+    assert skeleton(tmp_path).model.config._attn_implementation == NAME

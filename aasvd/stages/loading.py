@@ -164,8 +164,7 @@ def load_model(folder: Path, settings: Mapping[str, Any]) -> tuple[PreTrainedMod
     """Load a model to be run whole, on this machine's device and in its float type, and its tokenizer."""
     device = compute_device()
     model = blocks.open_model(folder, dtype=compute_dtype(settings["dtype"], device))
-    attention.register()
-    model.set_attn_implementation(attention.NAME)
+    attention.use(model)
     return model.to(device), blocks.open_tokenizer(folder)
 
 
