@@ -46,6 +46,7 @@ def run_row(result: Mapping[str, Any], *, method: str, variant: str) -> Row:
         **({"drop": average["relative_drop"]} if average else {}),
         "seconds": sum(seconds for stage, seconds in result["seconds"].items() if compresses(stage)),
         "peak_memory_mb": result["peak_memory_mb"],
+        "added_memory_mb": result["added_memory_mb"],
         "peak_device_memory_mb": result["peak_device_memory_mb"],
     }
 
@@ -68,9 +69,20 @@ def measured_note(results: Sequence[Mapping[str, Any]], left_out: Mapping[tuple[
         + (f"Accuracy is zero-shot; examples: {examples}. " if examples else "")
         + "Seconds are the sum and peak memory (host, device) the "
         "maximum over the stages that made a checkpoint, those that runs share too, without fetching and "
-        "measuring. Averages of accuracy are over the tasks measured on both models; drop is "
-        "the share of the dense one that is lost. A measurement that failed is –."
+        "measuring. A process that makes many runs holds what earlier ones left: added memory is what a stage "
+        "took beyond that. Seconds depend on what ran beside. Averages of accuracy are over the tasks "
+        "measured on both models; drop is the share of the dense one that is lost. A measurement that failed "
+        "is –."
+        + _updated(results)
         + "".join(f" Left out: {method} {variant}: {why}." for (method, variant), why in left_out.items())
+    )
+
+
+def _updated(results: Sequence[Mapping[str, Any]]) -> str:
+    """Say for how long the post-step trained, which is no refinement but training all the same."""
+    epochs = sorted({(r["method"], r["post"]["epochs"]) for r in results if r["post"]["epochs"]})
+    return "".join(
+        f" {method} is updated after all, {count} epochs of each factor." for method, count in epochs
     )
 
 
@@ -91,13 +103,19 @@ def reported_rows(published: Mapping[str, Any], ratios: Sequence[float]) -> list
         {
             "method": entry["system"],
             "variant": "",
-            "source": f"reported: {published['sources'][entry['source']]}",
+            "source": f"reported: {entry['source']}",
             "ratio": entry["ratio"],
             **{column: entry[name] for column, name in measured.items() if name in entry},
         }
         for entry in published["rows"]
         if entry["ratio"] in (1.0, *ratios)
     ]
+
+
+def reported_note(published: Mapping[str, Any]) -> str:
+    """Return what is to be said above the reported rows."""
+    sources = "; ".join(f"{name}: {source}" for name, source in published["sources"].items())
+    return f"{published['note']} Sources: {sources}."
 
 
 def columns(rows: Iterable[Row]) -> list[str]:
@@ -115,7 +133,9 @@ def _cell(name: str, value: Any) -> str:
         return percent(value) + ("" if value is None else " %")
     if name == "ratio":
         return f"{value:g}"
-    return number(value, 4 if name.startswith("kept") else 0 if name.startswith(("seconds", "peak")) else 2)
+    return number(
+        value, 4 if name.startswith("kept") else 0 if name == "seconds" or name.endswith("_mb") else 2
+    )
 
 
 def _table(title: str, rows: Sequence[Row], note: str) -> Table:

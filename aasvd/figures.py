@@ -5,6 +5,7 @@ colour-blind readers. Files have no date and fixed ids: the same numbers give th
 """
 
 import contextlib
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -216,11 +217,25 @@ def layers(mse: Sequence[Series], cosine: Sequence[Series], *, title: str, outpu
         figure.suptitle(title)
 
 
+def _cut(panels: Sequence[Any], top: float) -> None:
+    """End a row of panels at a height, and name in each what lies above it."""
+    highest = [
+        {line.get_label(): max(line.get_ydata(), default=0.0) for line in axes.lines} for axes in panels
+    ]
+    if max(max(some.values()) for some in highest) <= top:
+        return
+    panels[0].set_ylim(top=top)
+    for axes, some in zip(panels, highest, strict=True):
+        if above := [name for name, value in some.items() if value > top]:
+            text = textwrap.fill(f"also above {top:.0f}: {', '.join(above)}", 60)
+            axes.annotate(text, (0.01, 0.99), xycoords="axes fraction", va="top", fontsize=6)
+
+
 def write_curves(rows: Sequence[Mapping[str, Any]], *, output: Path, title: str) -> None:
     """Draw perplexity against ratio, one line per method (SVG).
 
     A row of panels per text, and a panel per variant; where there are more variants than methods, the other
-    way round. Methods that fail go off the top, lest all others fall into one line.
+    way round. What fails goes off the top, lest all others fall into one line, and is named there.
 
     Args:
         rows: Rows with `method`, `variant`, `ratio` and `perplexity <text>`; the dense model's has ratio 1.
@@ -256,9 +271,8 @@ def write_curves(rows: Sequence[Mapping[str, Any]], *, output: Path, title: str)
                 axes.grid(visible=True, which="major", alpha=0.3)
                 axes.set_title(name or _AS_DECLARED, fontsize=9)
             some[0].set_ylabel(text)
-            found = [row[text] for row in compressed if row.get(text) is not None]
-            if dense and found and max(found) > _HIGHEST * max(dense):
-                some[0].set_ylim(top=_HIGHEST * max(dense))
+            if dense:
+                _cut(some, _HIGHEST * max(dense))
         for axes in grid[-1]:
             axes.set_xlabel("retained-parameter ratio")
         if texts and compressed:

@@ -21,7 +21,7 @@ VERSIONS = {
     "calibration": 6,
     "compression": 9,
     "evaluation": 4,
-    "positions": 1,
+    "positions": 2,
     "post": 4,
 }
 

@@ -207,8 +207,8 @@ def parse_comparison(config: Config, name: str) -> Comparison:
     that no model stands in the table twice under one method. What does not go together is left out.
 
     Raises:
-        ValueError: If the name has another form, a variant would make all methods the same, or no run is
-            left.
+        ValueError: If the name has another form, a variant would make all methods the same, runs are
+            measured in different ways, or none is left.
     """
     match = _COMPARISON.fullmatch(name)
     if match is None:
@@ -235,6 +235,13 @@ def parse_comparison(config: Config, name: str) -> Comparison:
                 shown.append(run.settings)
     if not runs:
         raise ValueError(f"comparison {name!r} has no run: {', '.join(left_out.values())}")
+    (_, first, _), some = next(iter(runs.items()))
+    for (_, variant, _), run in runs.items():
+        if run.settings["evaluation"] != some.settings["evaluation"]:
+            raise ValueError(
+                f"comparison {name!r}: variants {first!r} and {variant!r} differ in `evaluation` "
+                "(texts, tasks, or how much of them), but rows of one table have to be comparable"
+            )
     return Comparison(model, [float(ratio) for ratio in ratios.split("-")], runs, left_out)
 
 

@@ -160,13 +160,15 @@ def compresses(stage: str) -> bool:
 def peaks(records: Iterable[Mapping[str, Any]]) -> dict[str, float]:
     """Return the most memory in MB that any stage which compresses took, of the host and of the device.
 
+    `added_memory_mb` is what a stage took of the host's beyond what its process held when it began, which is
+    the part that runs made by the same processes can be compared by.
+
     Args:
         records: Records of all stages that made a checkpoint; conversion of what was fetched is left out.
     """
     counted = [record for record in records if compresses(record["stage"])]
-    return {
-        name: max(record[name] for record in counted) for name in ("peak_memory_mb", "peak_device_memory_mb")
-    }
+    names = ("peak_memory_mb", "added_memory_mb", "peak_device_memory_mb")
+    return {name: max(record[name] for record in counted) for name in names}
 
 
 def blocks(records: Iterable[Mapping[str, Any]]) -> list[dict[str, float]]:

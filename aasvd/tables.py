@@ -25,6 +25,9 @@ _LATEX = str.maketrans(
 )  # fmt: skip
 
 
+_PAGE = 40  # rows that fit a page
+
+
 class Table(NamedTuple):
     """A table as people read it.
 
@@ -79,7 +82,7 @@ class Table(NamedTuple):
         return "\n".join(lines) + "\n"
 
     def latex(self) -> str:
-        """Return the table as a LaTeX float that needs the package booktabs."""
+        """Return the table in LaTeX: a float, for booktabs; of many rows a longtable."""
 
         def line(cells: Sequence[str]) -> str:
             return " & ".join(cell.translate(_LATEX) for cell in cells) + r" \\"
@@ -87,21 +90,24 @@ class Table(NamedTuple):
         body: list[str] = []
         for number, row in enumerate(self.rows):
             body += [r"\midrule"] * (number in self.groups and number > 0) + [line(row)]
-        caption = " ".join([self.title.rstrip(".") + ".", *self.notes]).translate(_LATEX)
-        lines = [
-            r"\begin{table}",
-            r"\centering",
-            r"\begin{tabular}{" + "l" * self.names + "r" * (len(self.columns) - self.names) + "}",
-            r"\toprule",
-            line(self.columns),
-            r"\midrule",
-            *body,
-            r"\bottomrule",
-            r"\end{tabular}",
-            rf"\caption{{{caption}}}",
-            r"\end{table}",
-        ]
-        return "\n".join(lines) + "\n"
+        caption = rf"\caption{{{' '.join([self.title.rstrip('.') + '.', *self.notes]).translate(_LATEX)}}}"
+        kinds = "{" + "l" * self.names + "r" * (len(self.columns) - self.names) + "}"
+        head = [r"\toprule", line(self.columns), r"\midrule"]
+        if len(self.rows) > _PAGE:
+            begin = [r"\begingroup\scriptsize", rf"\begin{{longtable}}{kinds}", caption + r" \\"]
+            body = [*begin, *head, r"\endhead", *body, r"\bottomrule"]
+            end = [r"\end{longtable}", r"\endgroup"]
+        else:
+            body = [
+                r"\begin{table}",
+                r"\centering",
+                rf"\begin{{tabular}}{kinds}",
+                *head,
+                *body,
+                r"\bottomrule",
+            ]
+            end = [r"\end{tabular}", caption, r"\end{table}"]
+        return "\n".join([*body, *end]) + "\n"
 
     def text(self) -> str:
         """Return the table for a terminal."""

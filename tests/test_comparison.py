@@ -13,6 +13,8 @@ ACCURACY = {
     "sciq": {"dense": 0.8, "compressed": 0.55, "count": 32},
 }
 RESULT: dict[str, Any] = {
+    "method": "ours",
+    "post": {"epochs": 0},
     "refined": True,
     "ratio": {"target": 0.6, "achieved": 0.5995},
     "parameters": {"dense": 200, "compressed": 150},
@@ -28,6 +30,7 @@ RESULT: dict[str, Any] = {
         "accuracy piqa": 100.0,
     },
     "peak_memory_mb": 123.0,
+    "added_memory_mb": 12.0,
     "peak_device_memory_mb": 45.0,
 }
 
@@ -81,7 +84,11 @@ def test_a_row_is_what_the_run_measured() -> None:
     dense, run = rows()
     assert run["kept_linears"] == 0.5995 and run["kept_model"] == 0.75 and run["seconds"] == 7.0
     assert run["refined"] is True and "refined" not in dense
-    assert (run["peak_memory_mb"], run["peak_device_memory_mb"]) == (123.0, 45.0)
+    assert (run["peak_memory_mb"], run["added_memory_mb"], run["peak_device_memory_mb"]) == (
+        123.0,
+        12.0,
+        45.0,
+    )
     assert run["perplexity a_b"] == 50.0 and dense["perplexity a_b"] == 20.0
     assert run["accuracy average"] == pytest.approx(0.525)
     assert run["drop"] == pytest.approx(1 - 0.525 / 0.7)
@@ -174,3 +181,13 @@ def test_note_says_on_how_much_was_measured() -> None:
     assert "windows of 2048 tokens: a_b 3 or 6, c 0." in note
     assert "examples: piqa 32, sciq 32." in note
     assert note.endswith("Left out: svd optimal: it cannot be.")
+    assert "updated" not in note
+    trained = {**RESULT, "method": "svd-llm", "post": {"epochs": 1}}
+    note = comparison.measured_note([RESULT, trained], {})
+    assert note.endswith("svd-llm is updated after all, 1 epochs of each factor.")
+
+
+def test_note_of_reported_numbers_says_what_the_sources_are() -> None:
+    note = comparison.reported_note(PUBLISHED)
+    assert note.startswith(PUBLISHED["note"]) and note.count("arXiv") == 4
+    assert "SVD-LLM v5: table of SVD-LLM, arXiv 2403.07378 version 5; " in note

@@ -95,8 +95,9 @@ def test_curves_have_a_panel_per_text_and_variant_and_a_line_per_method(
     assert [list(line.get_ydata()) for line in more.lines] == [[], [50.0], [20.0, 20.0]]
     (legend,) = drawn[0].legends
     assert [text.get_text() for text in legend.get_texts()] == ["svd", "a", "dense"]
-    # What fails goes off the top, and the others stay apart.
-    assert 90 < declared.get_ylim()[1] < 1e4
+    # What fails goes off the top and is named there, and the others stay apart.
+    assert declared.get_ylim()[1] == more.get_ylim()[1] == 2000
+    assert [text.get_text() for text in declared.texts] == ["also above 2000: svd"] and not more.texts
     # One method under many rules: a line for each of these.
     swapped = [{**row, "method": "a", "variant": f"rule {number}"} for number, row in enumerate(rows)]
     figures.write_curves(swapped, output=tmp_path / "y.svg", title="t")

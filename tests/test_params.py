@@ -452,6 +452,14 @@ def test_what_does_not_go_together_is_left_out_of_a_comparison(config: Config) -
         compared(config, ["wanda-sp"], ["optimal"])
 
 
+def test_rows_of_a_comparison_are_measured_alike(config: Config) -> None:
+    """A hundred short measurements and the default ones would share a dense row that is true of one."""
+    with pytest.raises(ValueError, match=r"variants '' and 'norefine-short' differ in `evaluation`"):
+        compared(config, ["svd", "asvd"], ["", "norefine-short"])
+    config["variants"]["norefine-short"] = {"refinement": {"epochs": 0}}
+    assert len(compared(config, ["svd", "aasvd"], ["", "norefine-short"]).runs) == 3
+
+
 def test_one_comparison_shows_every_rule_of_allocation(config: Config) -> None:
     """At one objective, storage and budget, unrefined: all that differs is the ranks."""
     found = params.parse_comparison(config, "allocations/smollm2-135m_r0.6")

@@ -86,7 +86,12 @@ def test_average_is_over_the_tasks_that_both_models_have() -> None:
 def test_peak_memory_is_that_of_compression() -> None:
     """Not of conversion, nor of the dense model's evaluation, which holds the whole model."""
     records = [
-        {"stage": stage, "peak_memory_mb": host, "peak_device_memory_mb": device}
+        {
+            "stage": stage,
+            "peak_memory_mb": host,
+            "added_memory_mb": host / 10,
+            "peak_device_memory_mb": device,
+        }
         for stage, host, device in [
             ("fetch model", 9000.0, 0.0),
             ("capture block 0", 300.0, 70.0),
@@ -95,7 +100,11 @@ def test_peak_memory_is_that_of_compression() -> None:
             ("accuracy piqa", 5000.0, 900.0),
         ]
     ]
-    assert results.peaks(records) == {"peak_memory_mb": 400.0, "peak_device_memory_mb": 70.0}
+    assert results.peaks(records) == {
+        "peak_memory_mb": 400.0,
+        "added_memory_mb": 40.0,
+        "peak_device_memory_mb": 70.0,
+    }
 
 
 def result(run: str, **changes: Any) -> dict[str, Any]:

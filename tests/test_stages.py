@@ -404,6 +404,7 @@ def test_a_stage_repeated_gives_the_same_bytes_and_records_itself(chain: Callabl
     assert record["stage"] == "refine block 0"
     assert record["seconds"] > 0
     assert 10 < record["peak_memory_mb"] < 100_000
+    assert 0 <= record["added_memory_mb"] < record["peak_memory_mb"]
     assert record["device"] == "cpu"
     assert record["code"] == provenance.code_digest()
     assert {"python", "torch", "transformers", "aasvd"} <= set(record["versions"])

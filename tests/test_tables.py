@@ -29,6 +29,14 @@ def test_every_format_holds_every_cell(tmp_path: Path) -> None:
     assert files[3].read_text().splitlines()[2].split() == ["x_1", "1", "2"]
 
 
+def test_a_table_longer_than_a_page_is_no_float() -> None:
+    tex = TABLE._replace(rows=[("x_1", "1", "2")] * 41).latex()
+    assert tex.count(r"x\_1 & 1 & 2 \\") == 41
+    assert tex.count(r"\begin{longtable}{lrr}") == tex.count(r"\end{longtable}") == 1
+    assert r"\caption{50 \% of a\_b \& more. A note.} \\" in tex
+    assert r"\endhead" in tex and "tabular" not in tex
+
+
 def test_a_table_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"can be written as \.html"):
         TABLE.write(tmp_path / "table.doc")

@@ -41,7 +41,7 @@ def artifacts(copy: Copy, pattern: str = "**/*") -> dict[str, tuple[int, int]]:
 
 def numbers(evaluation: dict[str, Any]) -> dict[str, Any]:
     """Return what a run measured, without when and with what."""
-    left_out = ("seconds", "peak_memory_mb", "peak_device_memory_mb")
+    left_out = ("seconds", "peak_memory_mb", "added_memory_mb", "peak_device_memory_mb")
     kept = {name: value for name, value in evaluation.items() if name not in left_out}
     return kept | {"provenance": evaluation["provenance"]["keys"]}
 

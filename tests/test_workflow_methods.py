@@ -87,7 +87,7 @@ def test_a_comparison_makes_all_its_runs(another: Copy) -> None:
     ]
     stages = [record for record in made if "peak_memory_mb" in record]
     assert len(stages) == 1 + BLOCKS + 1 + BLOCKS + 1  # embed, capture, allocate, solve, assemble
-    for name in ("peak_memory_mb", "peak_device_memory_mb"):
+    for name in ("peak_memory_mb", "added_memory_mb", "peak_device_memory_mb"):
         assert measured["asvd"][name] == max(record[name] for record in stages)
     assert measured["asvd"]["seconds"] == pytest.approx(sum(record["seconds"] for record in stages))
     reported = [row for row in table if row["source"].startswith("reported: ")]

@@ -145,7 +145,7 @@ def compare(
                     theirs, compared.ratios
                 ),
             },
-            notes=[comparison.measured_note(found, compared.left_out), theirs["note"]],
+            notes=[comparison.measured_note(found, compared.left_out), comparison.reported_note(theirs)],
             figure=Path(figure),
             page=Path(page),
             markdown=Path(markdown),

@@ -55,7 +55,7 @@ def _measured(name: str, *, log: Path, record: Path | None, advice: str) -> Iter
     package.setLevel(logging.INFO)
     measured: dict[str, Any] = {}
     start = time.perf_counter()
-    _reset_peak_memory()
+    held = _reset_peak_memory()
     try:
         _logger.info("%s: start", name)
         progress.start(name)
@@ -64,6 +64,7 @@ def _measured(name: str, *, log: Path, record: Path | None, advice: str) -> Iter
             "stage": name,
             "seconds": time.perf_counter() - start,
             "peak_memory_mb": peak_memory_mb(),
+            "added_memory_mb": peak_memory_mb() - held,
             "peak_device_memory_mb": _peak_device_memory_mb(),
             "device": str(compute_device()),
             "code": code_digest(),
@@ -94,11 +95,15 @@ def _failed(name: str, error: Exception) -> None:
     progress.report(now=True, state="failed", error=str(error))
 
 
-def _reset_peak_memory() -> None:
-    # Only so that a record holds its own stage's peak and not that of an earlier one.
+def _reset_peak_memory() -> float:
+    """Let peaks start anew, so that a record holds its own stage's; return what the process holds, in MB.
+
+    Whatever earlier stages left: processes live as long as Snakemake's.
+    """
     reset_peak_memory()
     if torch.accelerator.is_available():
         torch.accelerator.reset_peak_memory_stats()
+    return peak_memory_mb()
 
 
 def peak_memory_mb() -> float:

@@ -195,6 +195,8 @@ rule measure_block:
         record=f"{ORIGINAL}/block_{{block}}/measures/{{measure}}.json",
     log:
         "logs/{model}/{calibration}/measure_{block}_{measure}.log",
+    priority:
+        turn
     resources:
         gpu=1,
     params:
@@ -221,6 +223,8 @@ rule train_positions:
         record=f"{ORIGINAL}/positions/{{positions}}.json",
     log:
         "logs/{model}/{calibration}/positions_{positions}.log",
+    priority:
+        turn
     resources:
         gpu=1,
     params:
@@ -248,6 +252,8 @@ rule order_branches:
         record=f"{ORIGINAL}/measures/{{measure}}.json",
     log:
         "logs/{model}/{calibration}/order_branches_{measure}.log",
+    priority:
+        turn
     wildcard_constraints:
         measure=r"removal-\d+",
     resources:
