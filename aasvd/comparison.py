@@ -69,8 +69,8 @@ def measured_note(results: Sequence[Mapping[str, Any]], left_out: Mapping[tuple[
         + (f"Accuracy is zero-shot; examples: {examples}. " if examples else "")
         + "Seconds are the sum and peak memory (host, device) the "
         "maximum over the stages that made a checkpoint, those that runs share too, without fetching and "
-        "measuring. A process that makes many runs holds what earlier ones left: added memory is what a stage "
-        "took beyond that. Seconds depend on what ran beside. Averages of accuracy are over the tasks "
+        "measuring. A process that makes many runs holds what earlier ones left: added memory is what a "
+        "stage took beyond that. Seconds depend on what ran beside. Averages of accuracy are over the tasks "
         "measured on both models; drop is the share of the dense one that is lost. A measurement that failed "
         "is –."
         + _updated(results)
