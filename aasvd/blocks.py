@@ -41,6 +41,8 @@ _OPENING: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False
 def open_config(folder: Path) -> PreTrainedConfig:
     """Return the configuration of a model folder; its own code is never run."""
     config: PreTrainedConfig = AutoConfig.from_pretrained(folder, **_OPENING)
+    # A folder may ask for what this machine lacks, such as flash attention; transformers then chooses itself.
+    config._attn_implementation = None
     return config
 
 
@@ -51,7 +53,9 @@ def open_tokenizer(folder: Path) -> Any:
 
 def open_model(folder: Path, *, dtype: torch.dtype) -> PreTrainedModel:
     """Return the whole causal model of a folder, dense or compressed; its own code is never run."""
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **_OPENING)
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        folder, config=open_config(folder), dtype=dtype, **_OPENING
+    )
     return model
 
 

@@ -1,5 +1,6 @@
 """Attention on CPUs against its formula in float64."""
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -131,6 +132,11 @@ def test_models_that_cap_scores_or_have_sinks_keep_their_own_attention(
     assert skeleton(tmp_path).model.config._attn_implementation == "eager"
 
 
-def test_others_attend_by_it(tmp_path: Path) -> None:
+def test_others_attend_by_it_whatever_their_folder_asks_for(tmp_path: Path) -> None:
     tiny_model("llama").save_pretrained(tmp_path)
-    assert skeleton(tmp_path).model.config._attn_implementation == NAME
+    PreTrainedTokenizerFast(tokenizer_object=trained_tokenizer(["some text"])).save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    for asked in ({}, {"attn_implementation": "flash_attention_2"}):
+        file.write_text(json.dumps(json.loads(file.read_text()) | asked))
+        assert skeleton(tmp_path).model.config._attn_implementation == NAME
+        assert load_model(tmp_path, {"dtype": "float32"})[0].config._attn_implementation == NAME
