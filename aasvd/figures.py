@@ -228,7 +228,8 @@ def _cut(panels: Sequence[Any], top: float) -> None:
     for axes, some in zip(panels, highest, strict=True):
         if above := [name for name, value in some.items() if value > top]:
             text = textwrap.fill(f"also above {top:.0f}: {', '.join(above)}", 60)
-            axes.annotate(text, (0.01, 0.99), xycoords="axes fraction", va="top", fontsize=6)
+            behind = {"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 1}
+            axes.annotate(text, (0.01, 0.99), xycoords="axes fraction", va="top", fontsize=6, bbox=behind)
 
 
 def write_curves(rows: Sequence[Mapping[str, Any]], *, output: Path, title: str) -> None:
@@ -242,7 +243,14 @@ def write_curves(rows: Sequence[Mapping[str, Any]], *, output: Path, title: str)
         output: The file to write.
         title: Title of the figure.
     """
-    texts = list(dict.fromkeys(name for row in rows for name in row if name.startswith("perplexity ")))
+    texts = list(
+        dict.fromkeys(
+            name
+            for row in rows
+            for name, value in row.items()
+            if name.startswith("perplexity ") and value is not None
+        )
+    )
     compressed = [row for row in rows if row["ratio"] < 1]
     methods, variants = (list(dict.fromkeys(row[key] for row in compressed)) for key in ("method", "variant"))
     line, panel = ("method", "variant") if len(methods) >= len(variants) else ("variant", "method")
