@@ -260,8 +260,11 @@ def test_nothing_is_forgotten_where_a_text_ends_just_after_a_model(tmp_path: Pat
     target = ("--cores", "2", "--", f"results/{RUN}/eval.json")
     rules.write_text(beside)
     done = copy.run("snakemake", *target)
-    assert done.code == 1, done.text
-    assert "was not made: Snakemake lost sight of it" in done.text
+    # Whether Snakemake forgets depends on what it starts beside the model, and on the machine. Where it does,
+    # that is an error; never does a run end well with nothing made.
+    made = copy.path(target[-1]).exists()
+    assert done.code == (0 if made else 1), done.text
+    assert made or "was not made: Snakemake lost sight of it" in done.text
     shutil.rmtree(copy.path("results"))
     rules.write_text(slow)
     copy.must("snakemake", *target)
