@@ -107,7 +107,9 @@ def test_packing_is_exact(sizes: tuple[int, int, int]) -> None:
     tolerance = 200 * rank * EPS
     torch.testing.assert_close(layer.dense().detach(), u @ v, rtol=0, atol=tolerance)
     places = layer.order[:out_features] < rank
-    torch.testing.assert_close(layer.rows.detach()[layer.order[places]], (u @ v)[places], rtol=0, atol=0)
+    # The rows themselves are stored; a product of some rows may end in other last bits than one of all.
+    rows = layer.rows.detach()[layer.order[places]]
+    torch.testing.assert_close(rows, (u @ v)[places], rtol=0, atol=4 * rank * EPS)
 
 
 @pytest.mark.parametrize("condition", [1e3, 1e8, 1e15])
