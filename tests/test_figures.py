@@ -13,6 +13,19 @@ ONE = Series("aasvd", [1, 2, 3], [0.1, 0.2, 0.4])
 TWO = Series("svd", [1, 2, 3], [0.3, 0.5, 0.9])
 
 
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """Every figure that the test draws, in order."""
+    found: list[Figure] = []
+
+    def kept(**settings: Any) -> Figure:
+        found.append(Figure(**settings))
+        return found[-1]
+
+    monkeypatch.setattr(figures, "Figure", kept)
+    return found
+
+
 def draw(folder: Path, name: str) -> list[Path]:
     outputs = [folder / f"{name}.png", folder / f"{name}.svg"]
     shared: dict[str, Any] = {"title": "model at ratio 0.6", "outputs": outputs}
@@ -51,15 +64,8 @@ def test_a_figure_without_accuracy_or_dense_numbers_is_drawn(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("values", [(900, 40), (44, 41), (9e4, 12), (7, 3)])
 def test_numbers_along_a_logarithmic_axis_lie_beside_one_another(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, values: tuple[float, float]
+    tmp_path: Path, drawn: list[Figure], values: tuple[float, float]
 ) -> None:
-    drawn: list[Figure] = []
-
-    def kept(**settings: Any) -> Figure:
-        drawn.append(Figure(**settings))
-        return drawn[-1]
-
-    monkeypatch.setattr(figures, "Figure", kept)
     series, outputs = Series("ptb", [16, 1024], values), [tmp_path / "sweep.png"]
     figures.sweep([series], None, dense={}, dense_accuracy=None, title="", tasks="", outputs=outputs)
     axis = drawn[0].axes[0].yaxis
@@ -72,15 +78,8 @@ def test_numbers_along_a_logarithmic_axis_lie_beside_one_another(
 
 
 def test_curves_have_a_panel_per_text_and_variant_and_a_line_per_method(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, drawn: list[Figure]
 ) -> None:
-    drawn: list[Figure] = []
-
-    def kept(**settings: Any) -> Figure:
-        drawn.append(Figure(**settings))
-        return drawn[-1]
-
-    monkeypatch.setattr(figures, "Figure", kept)
     numbers = {("svd", "", 0.4): 1e7, ("svd", "", 0.8): 90.0, ("a", "", 0.4): 60.0, ("a", "more", 0.4): 50.0}
     rows = [
         {"method": method, "variant": variant, "ratio": ratio, "perplexity t": value}
