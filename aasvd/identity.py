@@ -19,7 +19,7 @@ VERSIONS = {
     "text": 1,
     "task": 1,
     "calibration": 6,
-    "compression": 9,
+    "compression": 10,
     "evaluation": 4,
     "positions": 2,
     "post": 4,

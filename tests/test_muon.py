@@ -16,16 +16,20 @@ def matrix(rows: int, columns: int, singular_values: Tensor) -> tuple[Tensor, Te
     return left * singular_values @ right.T, left, right
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_directions_stay_and_their_sizes_become_one(shape: tuple[int, int], scale: float) -> None:
+def test_directions_stay_and_their_sizes_become_one(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int], scale: float, dtype: torch.dtype
+) -> None:
     """The polar factor, from singular values over two orders of magnitude, to bfloat16's rounding."""
+    monkeypatch.setattr("aasvd.muon.compute_dtype", lambda _name, _device: dtype)
     values = torch.logspace(0, -2, min(shape), dtype=torch.float64)
     values /= values.norm()
     values = values[values > 0.006]
     made, left, right = matrix(*shape, values * scale)
     found = orthogonalized(made.float())
-    assert found.dtype == torch.bfloat16 and found.shape == shape
+    assert found.dtype == dtype and found.shape == shape
     sizes = left.T @ found.double() @ right
     assert ((sizes.diagonal() - 1).abs() < 0.16).all()
     # Rounding to bfloat16 makes directions of its own, which grow like the others.
@@ -38,6 +42,15 @@ def test_directions_without_gradient_get_none(shape: tuple[int, int]) -> None:
     sizes = torch.linalg.svdvals(orthogonalized(made.float()).double())
     assert sizes[:3].sub(1).abs().max() < 0.16 and sizes[3:].max() < 0.35  # the rest is rounding
     assert orthogonalized(torch.zeros(shape)).count_nonzero() == 0
+
+
+def test_products_are_of_the_type_that_is_fast_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU without units for bfloat16, its products made a step take ten times as long."""
+    for amx, avx512 in ((False, False), (False, True), (True, False)):
+        monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda amx=amx: amx)
+        monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda avx512=avx512: avx512)
+        fast = torch.bfloat16 if amx or avx512 else torch.float32
+        assert orthogonalized(torch.ones(3, 2)).dtype == fast
 
 
 def test_a_step_is_momentum_decay_and_a_direction_of_the_size_of_adamws() -> None:
