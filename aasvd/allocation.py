@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from aasvd.knapsack import choose
-from aasvd.methods import ALLOCATIONS
+from aasvd.methods import ALLOCATIONS, functions_of
 from aasvd.rank import COSTS, stored_parameters, uniform_rank
 
 # ASVD's candidate ratios.
@@ -300,10 +300,12 @@ def strs(problem: Problem) -> Floats:
     Paper: the released loop may end one entry off the target. Here: the last cut within the budget, and
     what it leaves over is shared out in proportion. Below the smallest of the six ratios no cut is within
     it, and all shares are scaled down from there. Paper: lm_head counts. Here: the blocks' linears.
+    The trials are ASVD's own, U and V, whatever objective and storage get the ranks. One that is not a
+    number counts as the worst.
     """
     trials = sorted(
         (
-            (float(value), index, ratio)
+            (math.inf if value.isnan() else float(value), index, ratio)
             for index, layer in enumerate(problem.layers)
             for value, ratio in zip(problem.of_layer("sensitivity", layer), CANDIDATES, strict=True)
         ),
@@ -394,7 +396,7 @@ def dipsvd(problem: Problem) -> Floats:
 
     What the paper says it wants; its code has both signs the other way round (`dipsvd_inverted`) and takes
     gradients on 26 short texts. Here: on the calibration text. Its scripts have β = 0.3 or 0.25 and widths
-    of 0.25 or 0.2: the former of each.
+    of 0.25 or 0.2: the former of each. No block keeps less than 0.3, so up to that ratio all keep the same.
     """
     return _dipsvd(problem, sign=1)
 
@@ -581,7 +583,7 @@ def shortgpt(problem: Problem) -> Allocation:
         [index for index, layer in enumerate(problem.layers) if layer.block == block]
         for block in np.argsort(influence, kind="stable")
     ]
-    return _remove(problem, parts, {"influence": [float(x) for x in influence]})
+    return _remove("shortgpt", problem, parts, {"influence": [float(x) for x in influence]})
 
 
 def blockpruner(problem: Problem) -> Allocation:
@@ -595,10 +597,10 @@ def blockpruner(problem: Problem) -> Allocation:
         [index for index, own in enumerate(places) if own is not None and int(own) == place]
         for place in range(len(measured["perplexity"]))
     ]
-    return _remove(problem, parts, {})
+    return _remove("blockpruner", problem, parts, {})
 
 
-def _remove(problem: Problem, parts: Sequence[Sequence[int]], notes: dict[str, Any]) -> Allocation:
+def _remove(rule: str, problem: Problem, parts: Sequence[Sequence[int]], notes: dict[str, Any]) -> Allocation:
     """Remove parts, each a list of layers, in their order until the budget is met; the rest stays dense."""
     ranks: list[int | None] = [None] * len(problem.layers)
     gone = 0
@@ -608,11 +610,10 @@ def _remove(problem: Problem, parts: Sequence[Sequence[int]], notes: dict[str, A
         gone += 1
     if gone == len(parts):
         raise ValueError(
-            f"ratio {problem.ratio} is below what one part of the model takes: choose a larger one"
+            f"compression.allocation {rule}: ratio {problem.ratio} is below what one part of the model "
+            "takes: choose a larger one, or leave such methods out of a comparison"
         )
     return Allocation(ranks, notes | {"removed": gone, "parts": len(parts)})
 
 
-FUNCTIONS: dict[str, Callable[[Problem], Floats | Allocation]] = {
-    name: globals()[name] for name in ALLOCATIONS
-}
+FUNCTIONS: dict[str, Callable[[Problem], Floats | Allocation]] = functions_of(ALLOCATIONS, globals())

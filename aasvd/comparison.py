@@ -14,11 +14,21 @@ from aasvd.tables import Table, counted, number, percent
 
 Row = dict[str, Any]
 
+_AVERAGE = "accuracy average"
 _NAMES = ("method", "variant", "source", "refined")
 
 
-def dense_row(result: Mapping[str, Any]) -> Row:
-    """Return the table's row of the dense model, from any run's eval.json."""
+def dense_row(results: Iterable[Mapping[str, Any]]) -> Row:
+    """Return the table's row of the dense model, from all runs' eval.json: where one failed, another may not.
+
+    Its average is over all tasks that any has.
+    """
+    known: Row = {}
+    for result in results:
+        for name, value in _measured(result, "dense").items():
+            known[name] = value if known.get(name) is None else known[name]
+    known.pop(_AVERAGE, None)
+    tasks = [value for name, value in known.items() if name.startswith("accuracy ") and value is not None]
     return {
         "method": "dense",
         "variant": "",
@@ -26,7 +36,8 @@ def dense_row(result: Mapping[str, Any]) -> Row:
         "ratio": 1.0,
         "kept_linears": 1.0,
         "kept_model": 1.0,
-        **_measured(result, "dense"),
+        **known,
+        **({_AVERAGE: sum(tasks) / len(tasks)} if tasks else {}),
     }
 
 
@@ -51,13 +62,16 @@ def run_row(result: Mapping[str, Any], *, method: str, variant: str) -> Row:
     }
 
 
-def measured_note(results: Sequence[Mapping[str, Any]], left_out: Mapping[tuple[str, str], str]) -> str:
+def measured_note(
+    runs: Mapping[tuple[str, str, str], Mapping[str, Any]], left_out: Mapping[tuple[str, str], str]
+) -> str:
     """Return what is to be said above the measured rows.
 
     Args:
-        results: The runs' eval.json.
+        runs: Their eval.json, by method, variant and ratio.
         left_out: By method and variant, why there is no such row.
     """
+    results = list(runs.values())
     sizes = sorted({result["evaluation"]["window"] for result in results})
     windows = counted((text, pair["windows"]) for r in results for text, pair in r["perplexity"].items())
     examples = counted((task, pair["count"]) for r in results for task, pair in r["accuracy"].items())
@@ -73,16 +87,33 @@ def measured_note(results: Sequence[Mapping[str, Any]], left_out: Mapping[tuple[
         "stage took beyond that. Seconds depend on what ran beside. Averages of accuracy are over the tasks "
         "measured on both models; drop is the share of the dense one that is lost. A measurement that failed "
         "is –."
-        + _updated(results)
+        + _fewer_tasks(runs)
+        + _updated(runs)
         + "".join(f" Left out: {method} {variant}: {why}." for (method, variant), why in left_out.items())
     )
 
 
-def _updated(results: Sequence[Mapping[str, Any]]) -> str:
+def _fewer_tasks(runs: Mapping[tuple[str, str, str], Mapping[str, Any]]) -> str:
+    """Name the runs whose average leaves out tasks that failed."""
+    averages = {" ".join(filter(None, names)): result["average"] for names, result in runs.items()}
+    fewer = [
+        f"{name} ({own['tasks']} of {own['of']})"
+        for name, own in averages.items()
+        if 0 < own["tasks"] < own["of"]
+    ]
+    return f" Averages of fewer tasks: {', '.join(fewer)}." if fewer else ""
+
+
+def _updated(runs: Mapping[tuple[str, str, str], Mapping[str, Any]]) -> str:
     """Say for how long the post-step trained, which is no refinement but training all the same."""
-    epochs = sorted({(r["method"], r["post"]["epochs"]) for r in results if r["post"]["epochs"]})
+    epochs = {
+        (" ".join(filter(None, (method, variant))), result["post"]["epochs"])
+        for (method, variant, _), result in runs.items()
+        if result["post"]["epochs"]
+    }
     return "".join(
-        f" {method} is updated after all, {count} epochs of each factor." for method, count in epochs
+        f" {name} is updated after all, {count} epoch{'s' if count > 1 else ''} of each factor."
+        for name, count in sorted(epochs)
     )
 
 
@@ -90,14 +121,14 @@ def _measured(result: Mapping[str, Any], side: str) -> Row:
     texts = {f"perplexity {text}": pair[side] for text, pair in result["perplexity"].items()}
     tasks = {f"accuracy {task}": pair[side] for task, pair in result["accuracy"].items()}
     average = result["average"].get("acc")
-    return {**texts, **tasks, **({"accuracy average": average[side]} if average else {})}
+    return {**texts, **tasks, **({_AVERAGE: average[side]} if average else {})}
 
 
 def reported_rows(published: Mapping[str, Any], ratios: Sequence[float]) -> list[Row]:
     """Return the rows of numbers that others report, marked as such, with what their sources give."""
     measured = {
         **{f"perplexity {text}": text for text in ("wikitext2", "ptb", "c4")},
-        "accuracy average": "accuracy",
+        _AVERAGE: "accuracy",
     }
     return [
         {

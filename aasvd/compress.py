@@ -164,6 +164,7 @@ def solve_block(
     *,
     objective: str,
     options: Options,
+    weights: Mapping[str, Tensor],
     ranks: Mapping[str, int | None],
     statistics: Sequence[Statistics],
     stream: Stream | None,
@@ -179,6 +180,7 @@ def solve_block(
         groups: Names of its linears, grouped by shared input.
         objective: A name in `aasvd.methods.OBJECTIVES`.
         options: Blend and ridge.
+        weights: Those of the linears as they are stored; `original` has them in the passes' float type.
         ranks: Rank of every linear; None leaves it dense, 0 removes it.
         statistics: What is known of each group on the original side.
         stream: Activations of both sides; needed by objectives that look at shifted inputs.
@@ -210,16 +212,22 @@ def solve_block(
             continue
         solve = solver(objective, known, options=options)
         for name in (name for name in group if ranks[name] != 0):
-            weight, rank = linears[name].weight.detach(), ranks[name]
+            linear, rank = linears[name], ranks[name]
             report[name] = {"rank": rank}
             if rank is None:
                 continue
-            factors, numbers = solve(name, weight, rank)
+            factors, numbers = solve(name, weights[name], rank)
             report[name] |= numbers
             tensors[f"{name}.u"] = factors.u.float().cpu()
             tensors[f"{name}.v"] = factors.v.float().cpu()
-            bias = linears[name].bias
-            put(compressed, name, tensors[f"{name}.u"], tensors[f"{name}.v"], bias=bias, like=weight)
+            put(
+                compressed,
+                name,
+                tensors[f"{name}.u"],
+                tensors[f"{name}.v"],
+                bias=linear.bias,
+                like=linear.weight,
+            )
     return Solution(tensors, report)
 
 

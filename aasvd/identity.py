@@ -10,12 +10,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from aasvd.methods import ALLOCATIONS, OBJECTIVES
-from aasvd.params import Config, Run, choose, trains_positions
+from aasvd.params import Config, Run, choose, effective, trains_positions
 
 # Raised when a stage's output would change for the same parameters; part of every key below it.
 VERSIONS = {
-    "model": 2,
+    "model": 3,
     "text": 1,
     "task": 1,
     "calibration": 6,
@@ -120,30 +119,21 @@ def calibration_ingredients(config: Config, run: Run) -> dict[str, Any]:
 
 def compression_ingredients(config: Config, run: Run) -> dict[str, Any]:
     """Return what identifies the compressed blocks."""
-    compression = _section(run.settings, "compression")
-    # What only other pieces read makes no difference.
-    everybody = [*OBJECTIVES.values(), *ALLOCATIONS.values()]
-    own = [OBJECTIVES[compression["objective"]], ALLOCATIONS[compression["allocation"]]]
-    unused = {option for piece in everybody for option in piece.options}
-    for option in unused - {option for piece in own for option in piece.options}:
-        del compression[option]
+    # What nothing reads makes no difference.
+    acting = effective(run.settings)
+    compression = _section(acting, "compression")
     if compression["allocation"] == "file":
-        if not Path(compression["ranks_file"]).expanduser().is_file():
-            raise ValueError(
-                f"compression.ranks_file {compression['ranks_file']!r} is no file: `file` reads the "
-                "rank of every linear from it, as in the ranks.json of a finished run"
-            )
         compression["ranks_content"] = _content({"path": compression["ranks_file"]})
     if trains_positions(run):
         compression["positions"] = key_of(positions_ingredients(config, run))
-    refinement, post = _section(run.settings, "refinement"), _section(run.settings, "post")
+    post = acting["post"]
     return {
         "version": VERSIONS["compression"],
         "calibration": key_of(calibration_ingredients(config, run)),
         "ratio": run.ratio,
         "compression": compression,
-        "refinement": refinement if refinement["epochs"] else {"epochs": 0},
-        "post": {"version": VERSIONS["post"], **post} if post["epochs"] else {"epochs": 0},
+        "refinement": acting["refinement"],
+        "post": {"version": VERSIONS["post"], **post} if post["epochs"] else post,
         "seed": run.settings["seed"],
     }
 

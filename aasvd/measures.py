@@ -76,6 +76,19 @@ def _target(known: Statistics, weights: Sequence[Tensor]) -> Target:
     )
 
 
+def relative_gradients(weights: Mapping[str, Tensor], norms: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return ‖∂loss/∂W‖ / ‖W‖ of every linear, (1,) float64; 0 where W is.
+
+    Args:
+        weights: Weight of every linear.
+        norms: `norm:<linear>`, the norm of its gradient.
+    """
+    return {
+        name: (norms[f"norm:{name}"].double() / weight.double().norm()).nan_to_num(0, posinf=0).reshape(1)
+        for name, weight in weights.items()
+    }
+
+
 def profile(inputs: Activations, outputs: Activations, *, device: torch.device) -> dict[str, Tensor]:
     """Return `cosine`, the mean over tokens of cos(input, output), and `singular` values of the outputs."""
     gram, total, tokens = Gram(outputs.shape[2], device=device), 0.0, 0

@@ -22,7 +22,8 @@ and for the whole model:
 The covariances of the original inputs are always there: capturing the original activations makes them.
 """
 
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 
 class Piece(NamedTuple):
@@ -37,6 +38,38 @@ class Piece(NamedTuple):
     options: tuple[str, ...] = ()
 
 
+def functions_of(names: Iterable[str], module: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a module's functions of these names.
+
+    Args:
+        names: Those of pieces.
+        module: The module's `globals()`.
+
+    Raises:
+        ValueError: If one is missing; names it, and the file.
+    """
+    names = list(names)
+    if missing := [name for name in names if name not in module]:
+        raise ValueError(
+            f"aasvd/methods.py lists {missing[0]!r}, but {module['__file__']} has no such function"
+        )
+    return {name: module[name] for name in names}
+
+
+def require_known(pieces: Mapping[str, Piece]) -> None:
+    """Raise ValueError if a piece needs what nothing makes."""
+    for name, piece in pieces.items():
+        if unknown := [need for need in piece.needs if need not in _STATISTICS]:
+            raise ValueError(
+                f"aasvd/methods.py: {name!r} needs {unknown[0]!r}; there are {', '.join(_STATISTICS)}"
+            )
+
+
+# All that there is to need.
+_STATISTICS = (
+    *("shifted", "cross", "gradients", "fisher", "buckets", "positions", "removal"),
+    *("spectra", "influence", "profile", "sensitivity", "relative_gradients"),
+)
 # Measures that are made from statistics of gradients, and from which.
 DIFFERENTIATED = {"influence": "gradients", "relative_gradients": "fisher"}
 # Measures of the whole model.
@@ -77,6 +110,9 @@ ALLOCATIONS = {
     "shortgpt": Piece(("profile",)),
     "blockpruner": Piece(("removal",), ("probe",)),
 }
+
+for _pieces in (OBJECTIVES, ALLOCATIONS):
+    require_known(_pieces)
 
 # Objectives that factorize nothing and leave out rows, columns or all of a weight, with the allocations
 # that they go with. `unchanged` leaves linears as they are, and it is the allocation that removes some.

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from aasvd.methods import OBJECTIVES, PRUNING
+from aasvd.methods import OBJECTIVES, PRUNING, functions_of
 from aasvd.solve import Factors, Target, factorize, prepare, principal, relative_error
 
 # ASVD: s_j = (mean |x_j|)^α (paper; its code's default).
@@ -64,7 +64,8 @@ class Solved(NamedTuple):
 
     Attributes:
         factors: The solution.
-        report: Relative error in what the objective minimises, energy kept and the numerics used.
+        report: Relative error in what the objective minimises, or, where its inputs are shifted, against the
+            original outputs (a blend's need not fall with the rank); energy kept and the numerics used.
     """
 
     factors: Factors
@@ -375,9 +376,9 @@ def loss_metric(outer: Tensor) -> tuple[Tensor, Tensor]:
 
 
 # What prunes factorizes nothing.
-FUNCTIONS: dict[str, Callable[[Statistics, Options], Solver]] = {
-    name: globals()[name] for name in OBJECTIVES if name not in PRUNING
-}
+FUNCTIONS: dict[str, Callable[[Statistics, Options], Solver]] = functions_of(
+    (name for name in OBJECTIVES if name not in PRUNING), globals()
+)
 
 
 def options_of(compression: Mapping[str, Any]) -> Options:

@@ -16,8 +16,6 @@ from aasvd.layers import OUTPUT
 from aasvd.params import DEFAULT
 from aasvd.tables import Table, counted, number, percent
 
-# Structured pruning, as methods are named in params.yaml or in papers; compared without case and signs.
-PRUNING = frozenset(("llmpruner", "slicegpt", "bonsai", "wandasp", "flap", "blockpruner", "shortgpt"))
 # What attention and the MLP end with, in the architectures that the pipeline knows.
 _ATTENTION = ("o_proj", "out_proj", "dense")
 _MLP = ("down_proj", "fc2", "dense_4h_to_h")
@@ -156,7 +154,7 @@ def main(*, runs: str, model: str, ratios: Sequence[float], outputs: Sequence[st
 def pruning(*, runs: str, model: str, ratios: Sequence[float], outputs: Sequence[str]) -> None:
     """Write the comparison with structured pruning: the runs of default settings and of pruning methods."""
     found = of(read_runs(runs), models=[model], ratios=ratios)
-    pruned = [run for run in found if _plain(run.facts["method"]) in PRUNING]
+    pruned = [run for run in found if run.facts["storage"] == "pruned"]
     notes = ["Ratio: share of the blocks' linear parameters that is kept."]
     if not pruned:
         notes.append("No run of a structured pruning method is finished at these ratios.")
@@ -165,10 +163,6 @@ def pruning(*, runs: str, model: str, ratios: Sequence[float], outputs: Sequence
     _comparison(shown, title=f"{model}: low rank and structured pruning", notes=notes).write(
         *_outputs(outputs)
     )
-
-
-def _plain(name: str) -> str:
-    return "".join(letter for letter in name.lower() if letter.isalnum())
 
 
 def ablation(

@@ -208,7 +208,7 @@ def parse_comparison(config: Config, name: str) -> Comparison:
 
     Raises:
         ValueError: If the name has another form, a variant would make all methods the same, runs are
-            measured in different ways, or none is left.
+            measured in different ways, a file of ranks is missing, or no run is left.
     """
     match = _COMPARISON.fullmatch(name)
     if match is None:
@@ -221,28 +221,58 @@ def parse_comparison(config: Config, name: str) -> Comparison:
                 f"comparison {name!r}: variant {variant!r} sets compression.objective, which "
                 "would make one of all methods; an empty variant shows each method as it is declared"
             )
+    written: dict[float, str] = {}
+    for ratio in ratios.split("-"):
+        written.setdefault(float(ratio), ratio)  # 0.60 is 0.6 once more
     runs: dict[tuple[str, str, str], Run] = {}
     left_out: dict[tuple[str, str], str] = {}
-    for ratio, method in itertools.product(ratios.split("-"), compared["methods"]):
+    for ratio, method in itertools.product(written.values(), compared["methods"]):
         shown: list[dict[str, Any]] = []
         for variant in compared["variants"]:
             parts = filter(None, (f"{model}_r{ratio}", method, variant))
             run = _read_run(config, "_".join(parts))
             if conflict := _conflict(run.settings):
                 left_out[method, variant] = conflict
-            elif run.settings not in shown:
-                runs[method, variant, ratio] = run
-                shown.append(run.settings)
+            elif (acting := effective(run.settings)) not in shown:
+                runs[method, variant, ratio] = _with_ranks(run)
+                shown.append(acting)
     if not runs:
         raise ValueError(f"comparison {name!r} has no run: {', '.join(left_out.values())}")
-    (_, first, _), some = next(iter(runs.items()))
-    for (_, variant, _), run in runs.items():
-        if run.settings["evaluation"] != some.settings["evaluation"]:
+    first, *others = runs.values()
+    for run in others:
+        if differing := _measured_differently(first.settings, run.settings):
             raise ValueError(
-                f"comparison {name!r}: variants {first!r} and {variant!r} differ in `evaluation` "
-                "(texts, tasks, or how much of them), but rows of one table have to be comparable"
+                f"comparison {name!r}: the runs {first.name!r} and {run.name!r} differ in "
+                f"{', '.join(differing)}, but rows of one table have to be measured alike"
             )
-    return Comparison(model, [float(ratio) for ratio in ratios.split("-")], runs, left_out)
+    return Comparison(model, list(written), runs, left_out)
+
+
+def _measured_differently(some: Mapping[str, Any], others: Mapping[str, Any]) -> list[str]:
+    """Return the keys by whose values two runs' measurements cannot be compared."""
+    (first, second) = (
+        {f"evaluation.{key}": value for key, value in settings["evaluation"].items() if key != "suite"}
+        | {"calibration.dtype": settings["calibration"]["dtype"]}
+        for settings in (some, others)
+    )
+    return [key for key, value in first.items() if second[key] != value]
+
+
+def effective(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings without those that nothing reads: other pieces' options, and training that is off."""
+    compression = settings["compression"]
+    own = (OBJECTIVES[compression["objective"]], ALLOCATIONS[compression["allocation"]])
+    every = (*OBJECTIVES.values(), *ALLOCATIONS.values())
+    unread = {option for piece in every for option in piece.options}
+    unread -= {option for piece in own for option in piece.options}
+    return {
+        **settings,
+        "compression": {key: value for key, value in compression.items() if key not in unread},
+        **{
+            training: settings[training] if settings[training]["epochs"] else {"epochs": 0}
+            for training in ("refinement", "post")
+        },
+    }
 
 
 def _texts(section: Config) -> Iterable[str]:
@@ -267,11 +297,22 @@ def parse_run(config: Config, name: str) -> Run:
 
     Raises:
         ValueError: If the name has another form, its model, method or variant is unknown, its ratio is not
-            in (0, 1), or its settings do not go together.
+            in (0, 1), its settings do not go together, or its file of ranks is missing.
     """
     run = _read_run(config, name)
     if conflict := _conflict(run.settings):
         raise ValueError(f"run {name!r}: {conflict}")
+    return _with_ranks(run)
+
+
+def _with_ranks(run: Run) -> Run:
+    """Return a run, unless it reads ranks from a file that is not there."""
+    compression = run.settings["compression"]
+    if compression["allocation"] == "file" and not Path(compression["ranks_file"]).expanduser().is_file():
+        raise ValueError(
+            f"run {run.name!r}: compression.ranks_file {compression['ranks_file']!r} is no file: "
+            "`file` reads the rank of every linear from it, as in the ranks.json of a finished run"
+        )
     return run
 
 

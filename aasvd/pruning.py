@@ -109,8 +109,8 @@ def wanda_sp(
     staying = int((costs[order].cumsum(0) <= left).sum())
     if not staying:
         raise ValueError(
-            f"{budget} numbers for a block's linears leave no neuron beside {heads.number - gone} heads: "
-            "choose a larger ratio"
+            f"compression.objective wanda_sp: {budget} numbers for a block's linears leave no neuron beside "
+            f"{heads.number - gone} heads: choose a larger ratio, or leave it out of a comparison"
         )
     kept = torch.zeros(neurons.number, dtype=torch.bool)
     kept[order[:staying]] = True

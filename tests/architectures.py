@@ -9,6 +9,7 @@ from transformers import (
     Gemma3TextConfig,
     GPTNeoXConfig,
     LlamaConfig,
+    MambaConfig,
     MistralConfig,
     OPTConfig,
     Phi3Config,
@@ -91,6 +92,11 @@ def _gpt_neox() -> PreTrainedConfig:
     return GPTNeoXConfig(**SIZES, tie_word_embeddings=False)
 
 
+def _mamba() -> PreTrainedConfig:
+    """No attention, and a linear whose weight the block reads without calling it."""
+    return MambaConfig(vocab_size=128, hidden_size=32, num_hidden_layers=2, state_size=4, time_step_rank=8)
+
+
 TINY: dict[str, Callable[[], PreTrainedConfig]] = {
     "llama": _llama,
     "mistral": _mistral,
@@ -101,11 +107,13 @@ TINY: dict[str, Callable[[], PreTrainedConfig]] = {
     "opt": _opt,
     "gpt_neox": _gpt_neox,
 }
+# Beside transformers, for what does not concern all that is said of those.
+UNUSUAL: dict[str, Callable[[], PreTrainedConfig]] = {"mamba": _mamba}
 
 
 def tiny_config(name: str) -> PreTrainedConfig:
     """Return the tiny config of an architecture."""
-    return TINY[name]()
+    return (TINY | UNUSUAL)[name]()
 
 
 def tiny_model(name: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:

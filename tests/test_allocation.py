@@ -1,3 +1,4 @@
+import copy
 import itertools
 import json
 import math
@@ -64,6 +65,10 @@ def mean_share(ranks: list[int | None], chosen: Any) -> float:
 
 def test_every_name_is_a_function_of_one_signature() -> None:
     assert set(FUNCTIONS) == set(methods.ALLOCATIONS)
+    with pytest.raises(ValueError, match=r"methods\.py lists 'mine', but .*test_allocation\.py has no such"):
+        methods.functions_of([*FUNCTIONS, "mine"], FUNCTIONS | {"__file__": __file__})
+    with pytest.raises(ValueError, match=r"'mine' needs 'gradient'; there are shifted, .*gradients"):
+        methods.require_known({"mine": methods.Piece(("gradient",))})
     for name, function in FUNCTIONS.items():
         assert function.__module__ == "aasvd.allocation" and function.__name__ == name
         assert get_type_hints(function) in (
@@ -286,6 +291,18 @@ def test_strs_cuts_through_the_trials() -> None:
     first = scaled.min()
     steps = [c / CANDIDATES[0] for c in CANDIDATES]
     assert all(min(abs(share / first - step) for step in steps) < 1e-6 for share in scaled)
+
+
+def test_a_trial_that_is_not_a_number_counts_as_the_worst() -> None:
+    """Not as whatever makes a sorted list of none."""
+    broken, worst = (copy.deepcopy(MEASURES) for _ in range(2))
+    layer = LAYERS[3]
+    for measures, value in ((broken, math.nan), (worst, math.inf)):
+        measures["sensitivity"][layer.block][layer.name][2] = value
+    found = [
+        allocate("strs", Problem(LAYERS, 0.7, measures, COMPRESSION)).ranks for measures in (broken, worst)
+    ]
+    assert found[0] == found[1]
 
 
 def test_v2_removes_less_of_what_loses_more_and_each_type_keeps_the_ratio() -> None:
@@ -543,7 +560,9 @@ def test_blockpruner_removes_in_the_order_that_was_found(ratio: float) -> None:
 def test_a_ratio_below_one_part_is_refused() -> None:
     for name in methods.REMOVING:
         order = [(block, kind) for block in range(BLOCKS) for kind in ("mlp", "self_attn")]
-        with pytest.raises(ValueError, match=r"ratio 0\.01 is below what one part of the model takes"):
+        with pytest.raises(
+            ValueError, match=rf"allocation {name}: ratio 0\.01 is below what one part of the model"
+        ):
             allocate(name, problem(0.01, removal=removal(order)))
 
 

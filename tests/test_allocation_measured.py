@@ -168,3 +168,15 @@ def test_optimal_costs_the_trained_model_less_than_the_rules(
     added = {rule: trained.loss(rule, objective=objective, ratio=ratio) - dense for rule in RULES}
     others = ["uniform"] if ratio == 0.4 else [rule for rule in RULES if rule != "optimal"]
     assert added["optimal"] < 0.8 * min(added[rule] for rule in others), added
+
+
+def test_relative_gradients_of_a_weight_of_zeros_are_none() -> None:
+    """A quotient by zero would become the mean of its quarter, and all blocks' shares alike."""
+    weights = {"some": torch.tensor([[3.0, 4.0]]), "none": torch.zeros(1, 2), "dead": torch.zeros(2, 1)}
+    norms = {"norm:some": torch.tensor(10.0), "norm:none": torch.tensor(1.0), "norm:dead": torch.tensor(0.0)}
+    found = measures.relative_gradients(weights, norms)
+    assert {name: value.tolist() for name, value in found.items()} == {
+        "some": [2.0],
+        "none": [0],
+        "dead": [0],
+    }

@@ -75,7 +75,7 @@ def published_table() -> set[tuple[Any, ...]]:
 
 def rows() -> list[comparison.Row]:
     return [
-        comparison.dense_row(RESULT),
+        comparison.dense_row([RESULT]),
         comparison.run_row(RESULT, method="ours & theirs", variant="refine"),
     ]
 
@@ -103,12 +103,12 @@ def test_what_failed_is_a_dash_and_the_average_is_over_what_both_models_have(tmp
         "average": results.average(accuracy),
     }
     found = [
-        comparison.dense_row(result),
+        comparison.dense_row([result]),
         comparison.run_row(result, method="mine", variant=""),
         # As where every task failed.
         comparison.run_row(result | {"average": {"tasks": 0, "of": 2}}, method="none", variant=""),
     ]
-    assert [row.get("accuracy average") for row in found] == [0.6, 0.5, None]
+    assert [row.get("accuracy average") for row in found] == [pytest.approx(0.7), 0.5, None]
     assert [row.get("drop") for row in found] == [None, pytest.approx(1 / 6), None]
     figures.write_curves(found, output=tmp_path / "x.svg", title="t")
     files = {name: tmp_path / f"x.{name}" for name in ("page", "markdown", "latex", "parquet")}
@@ -119,6 +119,18 @@ def test_what_failed_is_a_dash_and_the_average_is_over_what_both_models_have(tmp
     assert (mine["perplexity a_b"], mine["accuracy piqa"], mine["accuracy sciq"]) == ("–", "50.0 %", "–")
     assert (mine["accuracy average"], mine["drop"]) == ("50.0 %", "16.7 %")
     assert pq.read_table(files["parquet"]).to_pylist()[1]["perplexity a_b"] is None
+
+
+def test_what_failed_in_one_run_is_known_of_the_dense_model_by_another() -> None:
+    failed = RESULT | {
+        "accuracy": {"piqa": {"dense": None}, "sciq": {"dense": None}},
+        "perplexity": {"a_b": {"dense": None}, "c": {"dense": 7.0}},
+        "average": {"tasks": 0, "of": 2},
+    }
+    row = comparison.dense_row([failed, RESULT])
+    assert (row["perplexity a_b"], row["perplexity c"], row["accuracy sciq"]) == (20.0, 7.0, 0.8)
+    assert row["accuracy average"] == pytest.approx(0.7)
+    assert "accuracy average" not in comparison.dense_row([failed])
 
 
 def test_reported_numbers_are_marked_and_have_known_sources() -> None:
@@ -177,14 +189,19 @@ def test_all_formats_hold_the_rows(tmp_path: Path) -> None:
 
 def test_note_says_on_how_much_was_measured() -> None:
     more = {**RESULT, "perplexity": {"a_b": {"windows": 6}, "c": {"windows": None}}, "accuracy": {}}
-    note = comparison.measured_note([RESULT, more], {("svd", "optimal"): "it cannot be"})
+    names = [("svd", "", "0.6"), ("svd-llm", "short", "0.6"), ("svd-llm", "short", "0.4")]
+    note = comparison.measured_note(
+        dict(zip(names, [RESULT, more], strict=False)), {("svd", "optimal"): "it cannot be"}
+    )
     assert "windows of 2048 tokens: a_b 3 or 6, c 0." in note
     assert "examples: piqa 32, sciq 32." in note
     assert note.endswith("Left out: svd optimal: it cannot be.")
-    assert "updated" not in note
-    trained = {**RESULT, "method": "svd-llm", "post": {"epochs": 1}}
-    note = comparison.measured_note([RESULT, trained], {})
-    assert note.endswith("svd-llm is updated after all, 1 epochs of each factor.")
+    assert "updated" not in note and "fewer" not in note
+    trained = {**RESULT, "post": {"epochs": 1}, "average": {"tasks": 1, "of": 2}}
+    note = comparison.measured_note(dict(zip(names, [RESULT, trained, trained], strict=True)), {})
+    assert "Averages of fewer tasks: svd-llm short 0.6 (1 of 2), svd-llm short 0.4 (1 of 2)." in note
+    assert note.endswith(" svd-llm short is updated after all, 1 epoch of each factor.")
+    assert note.count("updated") == 1
 
 
 def test_note_of_reported_numbers_says_what_the_sources_are() -> None:

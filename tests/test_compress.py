@@ -10,6 +10,7 @@ from architectures import TINY
 from stored import CPU, Stored, activations
 from torch import Tensor, nn
 
+from aasvd import blocks
 from aasvd.compress import Captured, Solution, Stream, bucket_grams, capture_block, solve_block
 from aasvd.lowrank import LowRankLinear
 from aasvd.objectives import Options, Statistics
@@ -86,11 +87,16 @@ class Case:
             self.groups,
             objective=objective,
             options=Options(blend=blend, ridge=ridge),
+            weights=weights_of(self.block),
             ranks=self.ranks(ratio),
             statistics=self.statistics(),
             stream=None if objective.startswith("input_") else stream,
         )
         return compressed, solution
+
+
+def weights_of(block: nn.Module) -> dict[str, Tensor]:
+    return {name: linear.weight.detach() for name, linear in blocks.linears(block).items()}
 
 
 def inputs_of(block: nn.Module, name: str, x: Tensor, arguments: dict[str, Any]) -> Tensor:
@@ -445,6 +451,7 @@ def test_not_finite_inputs_name_the_layers(side: Case, tmp_path: Path, bad: floa
             side.groups,
             objective="input_aware",
             options=Options(blend=0, ridge=0),
+            weights=weights_of(side.block),
             ranks=side.ranks(0.6),
             statistics=statistics,
             stream=None,

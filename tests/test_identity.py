@@ -91,7 +91,7 @@ def test_an_order_of_removal_is_one_file_for_all_ratios(local: Config) -> None:
 
 def test_ranks_of_a_file_count_by_its_content(local: Config, tmp_path: Path) -> None:
     local["compression"] |= {"allocation": "file", "ranks_file": str(tmp_path / "ranks.json")}
-    with pytest.raises(ValueError, match=r"ranks_file .*ranks\.json' is no file"):
+    with pytest.raises(ValueError, match=r"run 'mine_r0\.6': .*ranks_file .*ranks\.json' is no file"):
         paths(local)
     (tmp_path / "ranks.json").write_text("{}")
     before = paths(local).compressed

@@ -49,7 +49,7 @@ def runs(made: Maker, stored_runs: Callable[..., str]) -> str:
         made("m_r0.6", 0.6, key="same"),
         made("default", 0.6, key="same"),
         made("m_r0.6_norefine", 0.6, refined=False),
-        made("m_r0.6_slice", 0.6, method="SliceGPT"),
+        made("m_r0.6_slice", 0.6, method="SliceGPT", storage="pruned"),
         made("m_r0.8", 0.8),
         made("other_r0.8", 0.8, model="other"),
     )

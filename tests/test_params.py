@@ -452,10 +452,43 @@ def test_what_does_not_go_together_is_left_out_of_a_comparison(config: Config) -
         compared(config, ["wanda-sp"], ["optimal"])
 
 
+def test_what_nothing_reads_makes_no_row_and_no_ratio_counts_twice(config: Config) -> None:
+    config["variants"]["idle"] = {"compression": {"blend": 0.3, "probe": 9}, "refinement": {"clip": 2.0}}
+    config["comparison"] = {"methods": ["svd", "saes-svd", "aa-svd"], "variants": ["", "idle"]}
+    found = params.parse_comparison(config, "llama7b_r0.6-0.60-.6-0.4")
+    assert found.ratios == [0.6, 0.4]
+    assert {key for key in found.runs if key[1]} == {("aa-svd", "idle", "0.6"), ("aa-svd", "idle", "0.4")}
+    assert len(found.runs) == 8
+
+
+def test_a_missing_file_of_ranks_concerns_the_runs_that_read_it(config: Config) -> None:
+    config["variants"]["given"] = {"compression": {"allocation": "file"}}
+    assert len(compared(config, ["svd", "asvd"], [""]).runs) == 2
+    assert any(run.name.endswith("_given") for run in params.runs_of(config, "llama7b", "r0.6"))
+    for parse in (
+        lambda: params.parse_run(config, "llama7b_r0.6_svd_given"),
+        lambda: compared(config, ["svd"], ["", "given"]),
+    ):
+        with pytest.raises(
+            ValueError, match=r"run 'llama7b_r0\.6_svd_given': compression\.ranks_file '' is no file"
+        ):
+            parse()
+
+
 def test_rows_of_a_comparison_are_measured_alike(config: Config) -> None:
     """A hundred short measurements and the default ones would share a dense row that is true of one."""
-    with pytest.raises(ValueError, match=r"variants '' and 'norefine-short' differ in `evaluation`"):
+    with pytest.raises(
+        ValueError, match=r"'llama7b_r0\.6_svd' and '.*_svd_norefine-short' differ in eval.*windows"
+    ):
         compared(config, ["svd", "asvd"], ["", "norefine-short"])
+    config["methods"]["mine"] = {"evaluation": {"limit": 16}}
+    with pytest.raises(
+        ValueError, match=r"'.*_svd' and 'llama7b_r0\.6_mine' differ in evaluation\.limit, but"
+    ):
+        compared(config, ["svd", "mine"], [""])
+    config["variants"]["exact"] = {"calibration": {"dtype": "float32"}}
+    with pytest.raises(ValueError, match=r"differ in calibration\.dtype, but"):
+        compared(config, ["svd"], ["", "exact"])
     config["variants"]["norefine-short"] = {"refinement": {"epochs": 0}}
     assert len(compared(config, ["svd", "aasvd"], ["", "norefine-short"]).runs) == 3
 

@@ -117,6 +117,7 @@ def task_of(stored: Callable[[str], Stored], tmp_path: Path) -> Callable[[str, t
             objective="anchored",
             # Without a ridge o_proj inverts rounding noise: see test_compress.
             options=Options(blend=1.0, ridge=1e-3),
+            weights={name: block.get_submodule(name).weight.detach() for group in groups for name in group},
             ranks={
                 name: uniform_rank(
                     *block.get_submodule(name).weight.shape, parameter_ratio=0.5, storage="factors"

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 import torch
-from architectures import TINY, linears, tiny_model
+from architectures import TINY, UNUSUAL, linears, tiny_model
 from safetensors.torch import load_file
 from stored import TOKENS, assert_updated, describe, random_tokens
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -177,7 +177,8 @@ def chain(tmp_path: Path) -> Callable[..., Chain]:
 
 
 @pytest.mark.parametrize(
-    ("name", "storage"), [*((name, "factors") for name in TINY), ("llama", "pivoted"), ("opt", "pivoted")]
+    ("name", "storage"),
+    [*((name, "factors") for name in (*TINY, *UNUSUAL)), ("llama", "pivoted"), ("opt", "pivoted")],
 )
 def test_stages_end_to_end(chain: Callable[..., Chain], name: str, storage: str) -> None:
     """The loaded checkpoint computes what the last shifted activations say, on every architecture."""

@@ -46,7 +46,8 @@ def solve_block(
         x, x_shifted = (Activations(Path(file)) if file else None for file in (original, shifted))
         around = Block(source, index, calibration, record=record, like=x_shifted)
         named = read_json(Path(ranks))["ranks"]
-        chosen = {name: named[f"{index}.{name}"] for name in blocks.linears(around.parts.blocks[index])}
+        mine = f"{index}."
+        chosen = {name.removeprefix(mine): rank for name, rank in named.items() if name.startswith(mine)}
         if compression["objective"] == "wanda_sp":
             assert x_shifted is not None
             return write_tensors(Path(output), _wanda_sp(around, x_shifted, chosen, measured))
@@ -62,13 +63,14 @@ def solve_block(
             # Only here does it matter which group comes first.
             groups = around.groups(x, arguments)
             stream = compress.Stream(x, x_shifted, arguments, around.batch, around.device, around.dtype)
-        unrefined = around.original()
+        unrefined, stored = around.original(), around.original(torch.float32)
         solution = compress.solve_block(
             unrefined,
             copy.deepcopy(unrefined),
             groups,
             objective=compression["objective"],
             options=objectives.options_of(compression),
+            weights={name: linear.weight for name, linear in blocks.linears(stored).items()},
             ranks={name: chosen[name] for group in groups for name in group},
             statistics=[known[tuple(group)] for group in groups],
             stream=stream,
@@ -157,10 +159,12 @@ def refine_block(
                 generator=torch.Generator().manual_seed(seed * 1_000_003 + index),
                 on_step=on_step,
             )
+        measured["kept"] = "refined"
         measured["refined"] = refine.distortion(copy.deepcopy(block).to(around.dtype), **streams, **some)
         if measured["refined"][recipe.loss] >= measured["before"][recipe.loss]:
             # Too few steps for the learning rate: better the start than a block that training made worse.
             _logger.warning("refinement did not bring block %d closer, so its solved factors stay", index)
+            measured["kept"] = "solved"
             block = around.compressed(factors, torch.float32)
         write_tensors(Path(output), block.state_dict())
 

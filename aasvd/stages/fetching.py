@@ -5,29 +5,40 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from aasvd import blocks, sources
 from aasvd.artifacts import mark_failure, write_json
+from aasvd.stages.loading import SHORT
 from aasvd.stages.stage import PASSES, report_failure, stage
 
 
 def fetch_model(
     *, source: Mapping[str, Any], output: str, outline: str, record: str, cache: str, log: str
 ) -> None:
-    """Fetch a dense model and describe its blocks: their number, and which linears each has."""
+    """Fetch a dense model and describe its blocks: their number, and which linears each calls."""
     with stage("fetch model", log=Path(log), record=Path(record), advice=PASSES):
         sources.fetch_model(source, output=Path(output), cache=Path(cache))
         model = blocks.Source(Path(output))
         parts = blocks.skeleton(model.folder)
+        host, tokens = torch.device("cpu"), SHORT
+        width = parts.model.config.get_text_config().hidden_size
+        called = blocks.forward_arguments(parts, tokens=tokens, device=host, dtype=torch.float32)
         write_json(
             Path(outline),
             {
                 "architecture": type(parts.model).__name__,
                 "path": parts.path,
                 "blocks": len(parts.blocks),
+                # One whose weight the block reads itself (Mamba's dt_proj) stays dense and counts nowhere.
                 "linears": {
                     f"{parts.path}.{index}.{name}": list(module.weight.shape)
                     for index, block in enumerate(parts.blocks)
+                    for groups in [
+                        blocks.groups(parts, index, arguments=called[index], width=width, tokens=tokens)
+                    ]
                     for name, module in blocks.linears(block).items()
+                    if any(name in group for group in groups)
                 },
             },
         )

@@ -129,11 +129,12 @@ def compare(
     """Put all runs of a comparison into one table, in four formats, and a figure; note what they show."""
     with stage(f"compare {compared.model}", log=Path(log), record=None, advice=PASSES):
         found = [json.loads(Path(file).read_text()) for file in evaluations]
+        by_run = dict(zip(compared.runs, found, strict=True))
         rows = [
-            comparison.dense_row(found[0]),
+            comparison.dense_row(found),
             *(
                 comparison.run_row(result, method=method, variant=variant)
-                for (method, variant, _), result in zip(compared.runs, found, strict=True)
+                for (method, variant, _), result in by_run.items()
             ),
         ]
         theirs = json.loads(Path(published).read_text())
@@ -145,7 +146,7 @@ def compare(
                     theirs, compared.ratios
                 ),
             },
-            notes=[comparison.measured_note(found, compared.left_out), comparison.reported_note(theirs)],
+            notes=[comparison.measured_note(by_run, compared.left_out), comparison.reported_note(theirs)],
             figure=Path(figure),
             page=Path(page),
             markdown=Path(markdown),

@@ -48,7 +48,8 @@ def measure_block(
             return write_tensors(Path(output), found)
         groups = statistics_of(covariances, gradients=gradients, device=around.device)
         statistics = {name: known for group, known in groups.items() for name in group}
-        linears = blocks.linears(around.original())
+        # As they are stored, whatever type the passes have.
+        linears = blocks.linears(around.original(torch.float32))
         weights = {name: linears[name].weight for name in statistics}
         if kind == "spectra":
             found = measures.spectra(weights, groups)
@@ -56,10 +57,7 @@ def measure_block(
             found = measures.influence(weights, groups, objective=number)
         elif kind == "relative_gradients":
             norms = read_tensors(Path(fisher or ""), device=around.device)
-            found = {
-                name: (norms[f"norm:{name}"] / weight.double().norm())[None]
-                for name, weight in weights.items()
-            }
+            found = measures.relative_gradients(weights, norms)
         else:
             assert x is not None and tokens
             found = _sensitivity(around, weights, statistics, x, Path(tokens), int(number))

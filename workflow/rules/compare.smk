@@ -12,9 +12,13 @@ PUBLISHED = workflow.source_path("../published.json")
 
 
 def compared(wildcards):
-    """What a comparison shows: its runs in their order, and what others report."""
-    runs = [run.name for run in comparison_of(wildcards).runs.values()]
-    return {"runs": runs, "published": identity.key_of(json.loads(pathlib.Path(PUBLISHED).read_text()))}
+    """What a comparison shows: its runs in their order, what is left out, and what others report."""
+    found = comparison_of(wildcards)
+    return {
+        "runs": [run.name for run in found.runs.values()],
+        "left_out": {" ".join(names): why for names, why in found.left_out.items()},
+        "published": identity.key_of(json.loads(pathlib.Path(PUBLISHED).read_text())),
+    }
 
 
 def uncompared(wildcards):
