@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import TINY, tiny_model
+from architectures import TINY, UNUSUAL, tiny_model
 from safetensors.torch import load_file
 from stored import random_tokens
 from test_stages import CALIBRATION, COMPRESSION, Chain
@@ -120,7 +120,7 @@ def logits(model: nn.Module) -> Tensor:
     return found
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", [*TINY, *UNUSUAL])
 def test_shortgpt_skips_the_block_that_changes_its_input_least(tmp_path: Path, name: str) -> None:
     run = Pruned(tmp_path, name, "shortgpt", 0.7)
     model = run.prune()
@@ -258,8 +258,10 @@ def test_wanda_sp_keeps_entries_of_every_architecture_and_meets_the_budget(tmp_p
     assert 0.6 - 96 / 5000 < run.kept() <= 0.6
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", ["llama", "opt"])
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [*itertools.product(["llama", "opt"], METHODS), ("mamba", "shortgpt")],
+)
 def test_pruned_blocks_are_refined(tmp_path: Path, method: str, name: str) -> None:
     """What stays is trained; what is gone stays gone, and a block that is gone is left alone."""
     run = Pruned(tmp_path, name, method, 0.7)

@@ -143,10 +143,10 @@ def refine_block(
         measured["before"] = refine.distortion(solved_block, **streams, **some)
         measured["before"]["sequences"] = min(_MEASURED, len(x))
         recipe, gone = refine.Recipe(**refinement), pruned(factors)
-        linears = blocks.linears(around.parts.blocks[index])
-        if all(gone.get(name) == [0, 0] for name in linears) or measured["before"][recipe.loss] == 0:
+        called = [name for group in around.groups(x, streams["arguments"]) for name in group]
+        if all(gone.get(name) == [0, 0] for name in called) or measured["before"][recipe.loss] == 0:
             # A block that was removed, or that nothing has changed yet, has nothing to refine.
-            measured |= {"losses": [], "refined": measured["before"]}
+            measured |= {"losses": [], "refined": measured["before"], "kept": "solved"}
             return write_tensors(Path(output), factors)
         block = around.compressed(factors, torch.float32)
         with progress.training(f"{around.label}: refine") as on_step:
