@@ -24,6 +24,15 @@ _COMPARISON = re.compile(rf"((?P<table>[^/]+)/)?(?P<model>[^/]+)_r(?P<ratios>{RA
 
 _POWER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")  # a number that YAML 1.1 may take for a string
 
+# Where things of a kind are declared.
+_REGISTRIES = {
+    "model": "models",
+    "text": "texts",
+    "method": "methods",
+    "variant": "variants",
+    "evaluation suite": "suites",
+}
+
 # No run's own settings: keys leave them out, so that runs share artifacts whatever they say.
 _SHARED = {
     "calibration": ("keep_activations", "batch"),
@@ -119,16 +128,6 @@ def validate(config: Config) -> None:
                     f"params.yaml: {place}compression.{piece}: unknown {piece} {name!r}; "
                     f"there are {', '.join(known)}"
                 )
-        if "suite" in section.get("evaluation", {}):
-            choose(section["evaluation"]["suite"], config["suites"], "evaluation suite")
-        for text in [*_texts(section)]:
-            choose(text, config["texts"], "text")
-        if method := section.get("compression", {}).get("method"):
-            choose(method, config["methods"], "method")
-    for suite in config["suites"].values():
-        for text in suite["texts"]:
-            choose(text, config["texts"], "text")
-    choose(config["model"], config["models"], "model")
     for place, section in overrides.items():
         if "ratio" in section.get("compression", {}):
             raise ValueError(f"params.yaml: {place}compression.ratio: the ratio is part of a run's name")
@@ -139,17 +138,39 @@ def validate(config: Config) -> None:
                         f"params.yaml: {place}{concern}.{key}: runs share artifacts whatever it is, "
                         f"so only {concern}.{key} itself counts"
                     )
-        for name in section.get("methods", {}):
-            choose(name, config["methods"], "method")
+    for key, name, kind in _references(config, overrides):
+        choose(name, config[_REGISTRIES[kind]], kind, key=key)
     if twice := sorted(set(config["methods"]) & set(config["variants"])):
         raise ValueError(f"params.yaml: {twice[0]} is both a method and a variant; rename one")
     for name in config["runs"]:
         parse_run(config, name)
-    for compared in [config["comparison"], *config["comparisons"].values()]:
-        for kind in ("methods", "variants"):
-            for name in compared[kind]:
-                if name or kind == "methods":  # "" stands for no variant
-                    choose(name, config[kind], kind[:-1])
+
+
+def _references(config: Config, overrides: Mapping[str, Config]) -> Iterable[tuple[str, str, str]]:
+    """Yield every key that names something declared elsewhere in params.yaml, with the name and its kind."""
+    yield "model", config["model"], "model"
+    for suite, measured in config["suites"].items():
+        for text in measured["texts"]:
+            yield f"suites.{suite}.texts", text, "text"
+    for place, section in {"": config, **overrides}.items():
+        evaluation = section.get("evaluation", {})
+        if "suite" in evaluation:
+            yield f"{place}evaluation.suite", evaluation["suite"], "evaluation suite"
+        for text in evaluation.get("texts") or []:
+            yield f"{place}evaluation.texts", text, "text"
+        if "text" in section.get("calibration", {}):
+            yield f"{place}calibration.text", section["calibration"]["text"], "text"
+        if method := section.get("compression", {}).get("method"):
+            yield f"{place}compression.method", method, "method"
+        if place:
+            for method in section.get("methods", {}):
+                yield f"{place}methods", method, "method"
+    tables = {f"comparisons.{name}": compared for name, compared in config["comparisons"].items()}
+    for place, compared in {"comparison": config["comparison"], **tables}.items():
+        for method in compared["methods"]:
+            yield f"{place}.methods", method, "method"
+        for variant in filter(None, compared["variants"]):  # "" stands for no variant
+            yield f"{place}.variants", variant, "variant"
 
 
 def _explained(error: jsonschema.ValidationError) -> str:
@@ -158,7 +179,7 @@ def _explained(error: jsonschema.ValidationError) -> str:
     expected = schema.get("description", "").removesuffix(".")
     if error.validator in ("pattern", "oneOf"):
         return f"{error.instance!r} does not match; expected: {expected}"
-    if error.validator == "type" and "oneOf" in schema:
+    if error.validator == "type" and ("oneOf" in schema or "pattern" in schema):
         return f"{error.message}; expected: {expected}"
     if error.validator in ("additionalProperties", "type") and "properties" in schema:
         return f"{error.message}; there are {', '.join(schema['properties'])}"
@@ -275,20 +296,22 @@ def effective(settings: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _texts(section: Config) -> Iterable[str]:
-    if "text" in section.get("calibration", {}):
-        yield section["calibration"]["text"]
-    yield from section.get("evaluation", {}).get("texts") or []
-
-
-def choose(name: str, registry: Mapping[str, Any], kind: str) -> Any:
+def choose(name: str, registry: Mapping[str, Any], kind: str, *, key: str = "") -> Any:
     """Return an entry of a registry.
+
+    Args:
+        name: The entry's.
+        registry: Entries by name.
+        kind: What they are, for the message.
+        key: What names it in params.yaml, for the message.
 
     Raises:
         ValueError: If it has none of that name; lists those it has.
     """
     if name not in registry:
-        raise ValueError(f"unknown {kind} {name!r}; params.yaml has {', '.join(sorted(registry)) or 'none'}")
+        place = f"params.yaml: {key}: " if key else ""
+        known = ", ".join(sorted(registry)) or "none"
+        raise ValueError(f"{place}unknown {kind} {name!r}; params.yaml has {known}")
     return registry[name]
 
 

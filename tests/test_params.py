@@ -78,11 +78,11 @@ def test_no_object_of_the_schema_takes_unknown_keys() -> None:
         (["refinement", "learning_rate"], 0, r"refinement\.learning_rate: 0 is less than or equal to"),
         (["refinement", "shuffle"], "no", r"refinement\.shuffle: 'no' is not of type 'boolean'"),
         (["evaluation", "window"], 1, r"evaluation\.window: 1 is less than the minimum of 2"),
-        (["evaluation", "texts"], ["nowhere"], r"unknown text 'nowhere'; params\.yaml has .*wikitext2"),
+        (["evaluation", "texts"], ["nowhere"], r"evaluation\.texts: unknown text 'nowhere'; params.yaml has .*c4"),
         (["calibration", "text"], "nowhere", r"unknown text 'nowhere'"),
-        (["evaluation", "suite"], "best", r"unknown evaluation suite 'best'; params\.yaml has paper, quick"),
+        (["evaluation", "suite"], "best", r"unknown evaluation suite 'best'; params.yaml has paper"),
         (["evaluation", "limit"], -1, r"evaluation\.limit: -1 is"),
-        (["suites", "paper", "texts"], ["nowhere"], r"unknown text 'nowhere'"),
+        (["suites", "paper", "texts"], ["nowhere"], r"suites\.paper\.texts: unknown text 'nowhere'"),
         (["suites", "small"], {"texts": []}, r"suites\.small: '\w+' is a required property"),
         (["variants", "wild"], {"evaluation": {"suite": "best"}}, r"unknown evaluation suite 'best'"),
         (["refinment"], {}, r"'refinment' was unexpected\); there are seed, .*refinement, post, "),
@@ -540,9 +540,24 @@ def test_a_variant_that_makes_one_of_all_methods_is_refused(config: Config, vari
     ],
 )
 def test_a_comparison_names_what_there_is(config: Config, kind: str, name: str, message: str) -> None:
-    config["comparison"][kind] = [name]
-    with pytest.raises(ValueError, match=message):
+    shipped = config["comparison"]
+    config["comparison"] = {**shipped, kind: [name]}
+    with pytest.raises(ValueError, match=rf"params\.yaml: comparison\.{kind}: {message}"):
         params.validate(config)
+    config["comparison"], config["comparisons"]["mine"] = shipped, {**shipped, kind: [name]}
+    with pytest.raises(ValueError, match=rf"params\.yaml: comparisons\.mine\.{kind}: {message}"):
+        params.validate(config)
+
+
+@pytest.mark.parametrize("kind", ["methods", "variants", "models"])
+def test_a_name_that_yaml_reads_as_no_string_is_refused(config: Config, kind: str) -> None:
+    """`off` is False in YAML 1.1, and 3 a number."""
+    for name in (False, 3):
+        changed = {**config, kind: {**config[kind], name: {}}}
+        with pytest.raises(
+            ValueError, match=rf"{kind}: {name} is not of type 'string'; expected: a name of .*in quotes"
+        ):
+            params.validate(changed)
 
 
 def test_a_method_is_composed_of_overrides(config: Config) -> None:
