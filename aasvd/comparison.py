@@ -26,8 +26,8 @@ def dense_row(results: Iterable[Mapping[str, Any]]) -> Row:
     known: Row = {}
     for result in results:
         for name, value in _measured(result, "dense").items():
-            known[name] = value if known.get(name) is None else known[name]
-    known.pop(_AVERAGE, None)
+            if name != _AVERAGE and known.get(name) is None:
+                known[name] = value
     tasks = [value for name, value in known.items() if name.startswith("accuracy ") and value is not None]
     return {
         "method": "dense",

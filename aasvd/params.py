@@ -242,21 +242,18 @@ def parse_comparison(config: Config, name: str) -> Comparison:
                 f"comparison {name!r}: variant {variant!r} sets compression.objective, which "
                 "would make one of all methods; an empty variant shows each method as it is declared"
             )
-    written: dict[float, str] = {}
-    for ratio in ratios.split("-"):
-        written.setdefault(float(ratio), ratio)  # 0.60 is 0.6 once more
     runs: dict[tuple[str, str, str], Run] = {}
     left_out: dict[tuple[str, str], str] = {}
-    for ratio, method in itertools.product(written.values(), compared["methods"]):
-        shown: list[dict[str, Any]] = []
-        for variant in compared["variants"]:
-            parts = filter(None, (f"{model}_r{ratio}", method, variant))
-            run = _read_run(config, "_".join(parts))
-            if conflict := _conflict(run.settings):
-                left_out[method, variant] = conflict
-            elif (acting := effective(run.settings)) not in shown:
-                runs[method, variant, ratio] = _with_ranks(run)
-                shown.append(acting)
+    shown: list[tuple[str, float, dict[str, Any]]] = []
+    every = itertools.product(ratios.split("-"), compared["methods"], compared["variants"])
+    for ratio, method, variant in every:
+        run = _read_run(config, "_".join(filter(None, (f"{model}_r{ratio}", method, variant))))
+        row = (method, run.ratio, effective(run.settings))  # by number: 0.60 is 0.6 once more
+        if conflict := _conflict(run.settings):
+            left_out[method, variant] = conflict
+        elif row not in shown:
+            runs[method, variant, ratio] = _with_ranks(run)
+            shown.append(row)
     if not runs:
         raise ValueError(f"comparison {name!r} has no run: {', '.join(left_out.values())}")
     first, *others = runs.values()
@@ -266,7 +263,7 @@ def parse_comparison(config: Config, name: str) -> Comparison:
                 f"comparison {name!r}: the runs {first.name!r} and {run.name!r} differ in "
                 f"{', '.join(differing)}, but rows of one table have to be measured alike"
             )
-    return Comparison(model, list(written), runs, left_out)
+    return Comparison(model, list(dict.fromkeys(run.ratio for run in runs.values())), runs, left_out)
 
 
 def _measured_differently(some: Mapping[str, Any], others: Mapping[str, Any]) -> list[str]:

@@ -459,6 +459,8 @@ def test_what_nothing_reads_makes_no_row_and_no_ratio_counts_twice(config: Confi
     assert found.ratios == [0.6, 0.4]
     assert {key for key in found.runs if key[1]} == {("aa-svd", "idle", "0.6"), ("aa-svd", "idle", "0.4")}
     assert len(found.runs) == 8
+    with pytest.raises(ValueError, match=r"run 'llama7b_r0\.5\._svd': ratio 0\.5\. must lie between 0 and 1"):
+        params.parse_comparison(config, "llama7b_r0.6-0.5.")
 
 
 def test_a_missing_file_of_ranks_concerns_the_runs_that_read_it(config: Config) -> None:

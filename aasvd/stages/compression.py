@@ -63,7 +63,8 @@ def solve_block(
             # Only here does it matter which group comes first.
             groups = around.groups(x, arguments)
             stream = compress.Stream(x, x_shifted, arguments, around.batch, around.device, around.dtype)
-        unrefined, stored = around.original(), around.original(torch.float32)
+        unrefined = around.original()
+        stored = unrefined if around.dtype == torch.float32 else around.original(torch.float32)
         solution = compress.solve_block(
             unrefined,
             copy.deepcopy(unrefined),
@@ -159,12 +160,12 @@ def refine_block(
                 generator=torch.Generator().manual_seed(seed * 1_000_003 + index),
                 on_step=on_step,
             )
-        measured["kept"] = "refined"
         measured["refined"] = refine.distortion(copy.deepcopy(block).to(around.dtype), **streams, **some)
-        if measured["refined"][recipe.loss] >= measured["before"][recipe.loss]:
+        better = measured["refined"][recipe.loss] < measured["before"][recipe.loss]
+        measured["kept"] = "refined" if better else "solved"
+        if not better:
             # Too few steps for the learning rate: better the start than a block that training made worse.
             _logger.warning("refinement did not bring block %d closer, so its solved factors stay", index)
-            measured["kept"] = "solved"
             block = around.compressed(factors, torch.float32)
         write_tensors(Path(output), block.state_dict())
 

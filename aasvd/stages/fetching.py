@@ -1,6 +1,7 @@
 """Stages that bring models, texts and tasks onto the disk."""
 
 import functools
+import itertools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,25 +22,25 @@ def fetch_model(
         sources.fetch_model(source, output=Path(output), cache=Path(cache))
         model = blocks.Source(Path(output))
         parts = blocks.skeleton(model.folder)
-        host, tokens = torch.device("cpu"), SHORT
         width = parts.model.config.get_text_config().hidden_size
-        called = blocks.forward_arguments(parts, tokens=tokens, device=host, dtype=torch.float32)
+        calls = blocks.forward_arguments(parts, tokens=SHORT, device=torch.device("cpu"), dtype=torch.float32)
+        linears: dict[str, list[int]] = {}
+        for index, arguments in enumerate(calls):
+            groups = blocks.groups(parts, index, arguments=arguments, width=width, tokens=SHORT)
+            # One whose weight the block reads itself (Mamba's dt_proj) stays dense and counts nowhere.
+            called = set(itertools.chain(*groups))
+            linears |= {
+                f"{parts.path}.{index}.{name}": list(module.weight.shape)
+                for name, module in blocks.linears(parts.blocks[index]).items()
+                if name in called
+            }
         write_json(
             Path(outline),
             {
                 "architecture": type(parts.model).__name__,
                 "path": parts.path,
                 "blocks": len(parts.blocks),
-                # One whose weight the block reads itself (Mamba's dt_proj) stays dense and counts nowhere.
-                "linears": {
-                    f"{parts.path}.{index}.{name}": list(module.weight.shape)
-                    for index, block in enumerate(parts.blocks)
-                    for groups in [
-                        blocks.groups(parts, index, arguments=called[index], width=width, tokens=tokens)
-                    ]
-                    for name, module in blocks.linears(block).items()
-                    if any(name in group for group in groups)
-                },
+                "linears": linears,
             },
         )
 
