@@ -36,6 +36,7 @@ SETTINGS: dict[str, Any] = {
     "refinement": {"epochs": 2, "steps": 0, "batch": 2},
     "evaluation": {"texts": ["made-up"], "window": 32, "windows": 6, "tasks": ["piqa"], "limit": 4},
 }
+NO_TASKS: dict[str, Any] = {"evaluation": {"tasks": []}}  # lm-eval takes seconds to import
 
 
 class Done(NamedTuple):
@@ -298,4 +299,13 @@ def tensors(copy: Copy) -> dict[str, str]:
         str(file.relative_to(copy.folder)): hashlib.sha256(file.read_bytes()).hexdigest()
         for pattern in ("*.safetensors", "tokens.parquet")
         for file in sorted(copy.path("results").rglob(pattern))
+    }
+
+
+def artifacts(copy: Copy, pattern: str = "**/*") -> dict[str, tuple[int, int]]:
+    """Return when each artifact of a pattern was written, and its file number."""
+    return {
+        str(file.relative_to(copy.folder)): (file.stat().st_mtime_ns, file.stat().st_ino)
+        for file in sorted(copy.path("results/artifacts").glob(pattern))
+        if file.is_file()
     }
