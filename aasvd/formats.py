@@ -93,5 +93,11 @@ def replace_linears(
             layer.register_buffer(
                 MARKER, torch.empty(0, device=linear.weight.device, dtype=linear.weight.dtype)
             )
+            layer.register_load_state_dict_pre_hook(_with_marker)
         parent, _, leaf = name.rpartition(".")
         setattr(modules[parent], leaf, layer)
+
+
+def _with_marker(layer: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Add the marker to a state without it: savers may take all empty tensors for one shared tensor."""
+    state.setdefault(f"{prefix}{MARKER}", getattr(layer, MARKER))

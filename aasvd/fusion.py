@@ -2,7 +2,7 @@
 
 The first linear of a group that is called computes the latents of all of them with one stacked weight; the
 others take theirs. Model code stays transformers' own: who shares an input is found by watching one call.
-The layers' own parameters become views of the stacked weight, so nothing is stored twice and
+The layers' own parameters come to lie in the stacked weight, so nothing is stored twice and
 `save_pretrained` writes the same bytes.
 """
 
@@ -18,10 +18,10 @@ from aasvd.lowrank import CompressedLinear, product
 
 
 class _Latents(NamedTuple):
-    """Latents of all layers of a group, the input that they belong to, its version and the stack's."""
+    """Latents of all layers of a group, the input that they belong to, its version and the parameters'."""
 
     x: Tensor
-    versions: tuple[int, int]
+    versions: tuple[int, ...]
     parts: tuple[Tensor, ...]
 
 
@@ -34,15 +34,18 @@ class Stacked:
     """
 
     def __init__(self, layers: Sequence[CompressedLinear]) -> None:
-        """Stack the layers' weights; from here on their parameters are views of the stack."""
+        """Stack the layers' weights; from here on their parameters lie in the stack's memory."""
         self._layers = list(layers)
         self._weight = torch.cat([_weight(layer).detach() for layer in layers])
         self._ranks = [layer.rank for layer in layers]
         for layer, view in zip(layers, torch.split(self._weight, self._ranks), strict=True):
             trains = _weight(layer).requires_grad
-            setattr(layer, layer.DOWN or "", nn.Parameter(view, requires_grad=trains))
+            # A storage of its own in the same memory: what saves a model takes views of one storage for tied
+            # weights, and keeps one of them (accelerate's and safetensors' save_model).
+            own = torch.from_dlpack(view)
+            setattr(layer, layer.DOWN or "", nn.Parameter(own, requires_grad=trains))
             layer.shared = self
-        # The stack keeps its memory, so a parameter at its address is still the view.
+        # The stack keeps its memory, so a parameter at its address is still in it.
         self._addresses = [_weight(layer).data_ptr() for layer in layers]
         self._latest: _Latents | None = None
 
@@ -57,16 +60,17 @@ class Stacked:
         one = x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() == x.shape[-1]
         if one or x.is_inference() or self._weight.is_inference():
             return product(x, weight)
-        index = self._layers.index(layer)
-        if weight.data_ptr() != self._addresses[index]:
+        weights = [_weight(one) for one in self._layers]
+        if [one.data_ptr() for one in weights] != self._addresses:
             self.dissolve()
             return product(x, weight)
         latest = self._latest
-        # The versions tell whether x or a parameter, all of which are views of the stack, was written to.
-        versions = x._version, self._weight._version
+        # The versions tell whether x or a parameter was written to.
+        versions = (x._version, *(one._version for one in weights))
         if latest is None or latest.x is not x or latest.versions != versions:
             parts = torch.split(product(x, self._weight), self._ranks, dim=-1)
             latest = _Latents(x, versions, tuple(parts))
+        index = self._layers.index(layer)
         # The last layer lets go of the activations.
         self._latest = None if index == len(self._layers) - 1 else latest
         return latest.parts[index]

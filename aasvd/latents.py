@@ -217,7 +217,8 @@ class LatentLayer(DynamicLayer):
         if not self._checked:
             self._check(key_states, keys[:, :, past:])
             self._check(value_states, values[:, :, past:])
-            self._checked = True
+            # The sine at position 0 is 0: no rotation there, so a lone first token tells nothing of one.
+            self._checked = not rotations.parts or bool(rotations.parts[1][:, past:].any())
         self._inputs, self._embeddings = {}, None
         return keys, values
 

@@ -3,7 +3,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from architectures import TINY
+from safetensors.torch import load_model, save_model
 from test_checkpoint import Written, files, load, tokens
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -62,6 +64,33 @@ def test_loading_fuses_and_saving_gives_the_same_bytes(llama: Written, tmp_path:
 
 def refused(*_arguments: object, **_keywords: object) -> None:
     raise RuntimeError("only on accelerators")
+
+
+@pytest.mark.parametrize("storage", list(FORMATS))
+def test_training_states_are_whole(storage: str, tmp_path: Path) -> None:
+    """Savers that keep one of several tensors in one storage lose none, and load again."""
+    written = Written(tmp_path / "written", "llama", storage=storage)
+    model = load(written.folder)
+    expected = logits(model)
+    accelerator = Accelerator(cpu=True)
+    accelerator.prepare(model)
+    accelerator.save_state(str(tmp_path / "state"))
+    save_model(model, str(tmp_path / "model.safetensors"))
+    for restore in (
+        lambda: accelerator.load_state(str(tmp_path / "state")),
+        lambda: load_model(model, tmp_path / "model.safetensors"),
+    ):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(0.5)
+        assert not torch.equal(logits(model), expected)
+        restore()
+        assert torch.equal(logits(model), expected)
+    # A missing tensor with numbers is as bad as ever.
+    state = model.state_dict()
+    del state[next(name for name, tensor in state.items() if "q_proj" in name and tensor.numel())]
+    with pytest.raises(RuntimeError, match="Missing key"):
+        model.load_state_dict(state)
 
 
 @pytest.mark.parametrize("storage", ["factors", "pivoted-int8"])

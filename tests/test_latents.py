@@ -16,6 +16,7 @@ from transformers import (
     PhiConfig,
     PreTrainedConfig,
     PreTrainedModel,
+    SmolLM3Config,
     StableLmConfig,
 )
 from transformers.models.llama.modeling_llama import LlamaAttention
@@ -63,6 +64,11 @@ def low_rank(name: str, rank: int = RANK, storage: str = "factors", **changes: o
         state = model.state_dict()
         model = AutoModelForCausalLM.from_config(config).eval()
         model.load_state_dict(state)
+    return low_rank_of(model, rank, storage)
+
+
+def low_rank_of(model: PreTrainedModel, rank: int = RANK, storage: str = "factors") -> PreTrainedModel:
+    """Return a model with every linear of its blocks factored."""
     names = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and ".layers." in n]
     ranks = dict.fromkeys(names, rank)
     state = pack(factor(model, ranks), ranks, storage, torch.float32)
@@ -271,6 +277,20 @@ def test_attention_that_is_not_known() -> None:
     model.model.layers[0].self_attn.k_proj.register_forward_hook(lambda _m, _i, output: 2 * output)
     with pytest.raises(ValueError, match="LlamaAttention makes its keys or values in a way that"):
         model(prompts(1)["input_ids"], past_key_values=cache)
+
+
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_attention_without_rotary_embedding_in_a_model_that_has_one(tokens: int) -> None:
+    """A lone first token is not rotated, so the check waits for the next."""
+    config = SmolLM3Config(**GROUPED, no_rope_layers=[1, 0])
+    model = low_rank_of(other_model(config))
+    with pytest.raises(ValueError, match="SmolLM3Attention makes its keys or values in a way that"):
+        model.generate(
+            prompts(1, tokens)["input_ids"],
+            past_key_values=LatentCache(model),
+            max_new_tokens=3,
+            do_sample=False,
+        )
 
 
 class OwnAttention(LlamaAttention):
