@@ -26,7 +26,12 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
 from transformers.initialization import no_init_weights
 
 from aasvd import attention
@@ -169,31 +174,49 @@ def load_block(
 ) -> nn.Module:
     """Return block `index` with its weights, on a device and in a float type of one's choice."""
     block = copy.deepcopy(parts.blocks[index])
-    state = {
-        name: read(source, parts, f"{parts.path}.{index}.{name}").to(device, dtype)
-        for name, _ in block.named_parameters()
-    }
+    state = {}
+    for name in block.state_dict():
+        stored = f"{parts.path}.{index}.{name}"
+        if _is_stored(source, parts, stored):
+            tensor = read(source, parts, stored)
+            state[name] = tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
     block.load_state_dict(state, strict=False, assign=True)
     return block.to(device)
 
 
+def _is_stored(source: Source, parts: Skeleton, name: str) -> bool:
+    """Tell whether a tensor is read from the files: every parameter, and the buffers that they have."""
+    owner, _, leaf = name.rpartition(".")
+    parameter = leaf in dict(parts.model.get_submodule(owner).named_parameters(recurse=False))
+    return parameter or source.find(name, prefix=parts.model.base_model_prefix) is not None
+
+
 def read(source: Source, parts: Skeleton, name: str) -> Tensor:
-    """Return the dense model's parameter of a name, whichever prefix or older name its files use."""
+    """Return the dense model's parameter of a name, whatever its files hold in its place.
+
+    They may leave a prefix out, have an older name (GPT-NeoX's head), or one tensor for each expert of a
+    mixture that the model has in one parameter: what transformers itself reads.
+    """
     found = source.find(name, prefix=parts.model.base_model_prefix)
-    return source.read(found or _older_name(source, parts, name))
-
-
-def _older_name(source: Source, parts: Skeleton, name: str) -> str:
-    """Return the name in the files that transformers itself reads as `name` (GPT-NeoX's head is one)."""
+    if found:
+        return source.read(found)
     mapping = get_model_conversion_mapping(parts.model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    for older in source.tensors:
-        newer = older
-        for renaming in renamings:
-            newer, _ = renaming.rename_source_key(newer)
-        if newer == name:
-            return older
-    return name
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    gathered: list[WeightConverter] = []
+    # Experts by number, not by their names' letters.
+    for older in sorted(source.tensors, key=dot_natural_key):
+        newer, pattern = rename_source_key(older, renamings, converters)
+        if newer != name:
+            continue
+        if pattern is None:
+            return source.read(older)
+        gathered = [entry for entry in converters if pattern in entry.source_patterns]
+        gathered[0].add_tensor(name, older, pattern, source.read(older))
+    if not gathered:
+        return source.read(name)
+    made: dict[str, Tensor] = gathered[0].convert(name, model=parts.model, config=parts.model.config)
+    return made[name]
 
 
 class Entrance(NamedTuple):
@@ -214,7 +237,12 @@ def _stand_ins(
 ) -> Iterator[None]:
     """Let every block record its call and return its input, or `output`; the blocks stay what they are."""
 
-    def stand_in(hidden_states: Tensor, **arguments: Any) -> Tensor:
+    def stand_in(hidden_states: Tensor, *unnamed: Any, **arguments: Any) -> Tensor:
+        if unnamed:
+            raise ValueError(
+                f"{type(parts.model).__name__} calls its blocks with arguments that it does not name; such "
+                "models cannot be compressed block by block"
+            )
         calls.append((hidden_states, arguments))
         return hidden_states if output is None else output
 
@@ -250,11 +278,12 @@ def embed(
     Raises:
         ValueError: If a block's keyword arguments depend on the tokens, which the pipeline cannot reproduce.
     """
+    # Neither the blocks nor, where the decoder is a part of the model, the output head are called.
+    called = {id(parameter) for parameter in parts.model.base_model.parameters()}
     state = {
         name: read(source, parts, name).to(dtype)
-        for name, _ in parts.model.named_parameters()
-        # Neither the blocks nor the output head are called.
-        if name.startswith(f"{parts.model.base_model_prefix}.") and not name.startswith(f"{parts.path}.")
+        for name, parameter in parts.model.named_parameters()
+        if id(parameter) in called and not name.startswith(f"{parts.path}.")
     }
     filled = _callable(parts, state, dtype)
     expected = forward_arguments(parts, tokens=tokens[0].shape[1], device=torch.device("cpu"), dtype=dtype)
@@ -383,13 +412,21 @@ def groups(
 
     Found by calling the block on the meta device, without data: linears that receive the same tensor
     object form a group (q, k, v; gate, up). A linear that is not called is in no group and stays dense.
+
+    Raises:
+        ValueError: If the block returns something else than what the next one gets.
     """
-    block = parts.blocks[index]
-    meta = torch.device("meta")
-    dtype = next(block.parameters()).dtype
+    # The type in which torch multiplies mixtures of experts on the meta device.
+    meta, dtype = torch.device("meta"), torch.bfloat16
+    block = copy.deepcopy(parts.blocks[index]).to(dtype)
     with torch.inference_mode(), sharing(linears(block)) as found:
-        block(
+        output = block(
             torch.empty(1, tokens, width, dtype=dtype, device=meta),
             **place(arguments, device=meta, dtype=dtype),
+        )
+    if not isinstance(output, Tensor):
+        raise ValueError(
+            f"{type(block).__name__} returns a {type(output).__name__}, not a tensor; such blocks cannot be "
+            "compressed"
         )
     return found

@@ -86,7 +86,9 @@ def orthogonalized(matrix: Tensor) -> Tensor:
         matrix: (rows, columns).
     """
     tall = matrix.shape[0] > matrix.shape[1]
-    x = (matrix.T if tall else matrix).to(compute_dtype("auto", matrix.device))
+    # Near 1 before anything is squared: the norm of numbers below 1e-23 is 0 in float32.
+    x = matrix / matrix.abs().max().clamp_min(torch.finfo(matrix.dtype).tiny)
+    x = (x.T if tall else x).to(compute_dtype("auto", matrix.device))
     x = x / x.norm().clamp_min(torch.finfo(x.dtype).tiny)
     for a, b, c in _POLYNOMIALS:
         gram = x @ x.T

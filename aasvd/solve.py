@@ -95,8 +95,8 @@ def prepare(
         raise ValueError(f"blend {blend} fits original outputs and needs the cross-Gram")
     features = len(gram)
     shift = ridge * gram.diagonal().mean().item()
-    identity = torch.eye(features, dtype=gram.dtype, device=gram.device)
-    regularized = gram + shift * identity
+    # Without a ridge it is the Gram itself: a copy of 11008 channels takes a gigabyte.
+    regularized = _shifted(gram.clone(), shift) if shift else gram
     if blend == 0 and not need_root:
         return Target(regularized, None, None, 0, 0.0, shift, token_count)
     values, vectors = torch.linalg.eigh(regularized)
@@ -109,9 +109,15 @@ def prepare(
     if blend == 0:
         return Target(regularized, None, root, features - len(values), cutoff, shift, token_count)
     assert cross_gram is not None
-    wanted = (1 - blend) * gram + blend * cross_gram + shift * identity
+    wanted = _shifted((1 - blend) * gram + blend * cross_gram, shift)
     transfer = (wanted @ vectors / values) @ vectors.T
     return Target(regularized, transfer, root, features - len(values), cutoff, shift, token_count)
+
+
+def _shifted(matrix: Tensor, shift: float) -> Tensor:
+    """Add a number to the diagonal, in place."""
+    matrix.diagonal().add_(shift)
+    return matrix
 
 
 def factorize(weight: Tensor, target: Target, *, rank: int) -> Factors:

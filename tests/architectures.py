@@ -11,6 +11,7 @@ from transformers import (
     LlamaConfig,
     MambaConfig,
     MistralConfig,
+    MixtralConfig,
     OPTConfig,
     Phi3Config,
     PreTrainedConfig,
@@ -97,6 +98,11 @@ def _mamba() -> PreTrainedConfig:
     return MambaConfig(vocab_size=128, hidden_size=32, num_hidden_layers=2, state_size=4, time_step_rank=8)
 
 
+def _mixtral() -> PreTrainedConfig:
+    """Four experts, each stored by itself and held in one parameter of all, which stays dense."""
+    return MixtralConfig(**GROUPED, num_local_experts=4, num_experts_per_tok=2, tie_word_embeddings=False)
+
+
 TINY: dict[str, Callable[[], PreTrainedConfig]] = {
     "llama": _llama,
     "mistral": _mistral,
@@ -108,7 +114,7 @@ TINY: dict[str, Callable[[], PreTrainedConfig]] = {
     "gpt_neox": _gpt_neox,
 }
 # Beside transformers, for what does not concern all that is said of those.
-UNUSUAL: dict[str, Callable[[], PreTrainedConfig]] = {"mamba": _mamba}
+UNUSUAL: dict[str, Callable[[], PreTrainedConfig]] = {"mamba": _mamba, "mixtral": _mixtral}
 
 
 def tiny_config(name: str) -> PreTrainedConfig:

@@ -44,6 +44,14 @@ def test_directions_without_gradient_get_none(shape: tuple[int, int]) -> None:
     assert orthogonalized(torch.zeros(shape)).count_nonzero() == 0
 
 
+@pytest.mark.parametrize("scale", [1e-38, 1e-30, 1e-6, 1e6, 1e30])
+def test_the_scale_of_a_gradient_is_of_no_matter(scale: float) -> None:
+    """Squares of the smallest are 0 in float32, of the largest infinite."""
+    matrix = torch.randn(24, 40, generator=torch.Generator().manual_seed(0))
+    sizes = torch.linalg.svdvals(orthogonalized(matrix * scale).float())
+    assert (sizes > 0.85).all() and (sizes < 1.15).all()
+
+
 def test_products_are_of_the_type_that_is_fast_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU without units for bfloat16, its products made a step take ten times as long."""
     for amx, avx512 in ((False, False), (False, True), (True, False)):
