@@ -562,10 +562,13 @@ def file(problem: Problem) -> Allocation:
     ranks: list[int | None] = [given[name] for name in names]
     stored = problem.stored(ranks)
     if not (1 - _TOLERANCE) * problem.budget <= stored <= problem.budget:
-        kept = math.ceil(1e5 * stored / sum(layer.size for layer in problem.layers)) / 1e5
+        kept = stored / sum(layer.size for layer in problem.layers)
+        # Up to five significant digits, so that what they keep is this ratio or a little less.
+        digits = 10 ** (4 - math.floor(math.log10(kept))) if kept else 1
+        near = f"{math.ceil(kept * digits) / digits:g}"
+        hint = f": ask for that ratio (results/<model>_r{near}_...)" if 0 < kept < 1 else ""
         raise ValueError(
-            f"{path}: its ranks keep {kept:g} of the parameters, not {problem.ratio:g} or a little less: "
-            f"ask for that ratio (results/<model>_r{kept:g}_...)"
+            f"{path}: its ranks keep {near} of the parameters, not {problem.ratio:g} or a little less{hint}"
         )
     return Allocation(ranks, {})
 

@@ -93,7 +93,7 @@ def replace_linears(
             layer.register_buffer(
                 MARKER, torch.empty(0, device=linear.weight.device, dtype=linear.weight.dtype)
             )
-            layer.register_load_state_dict_pre_hook(_with_marker)
+            layer.register_load_state_dict_pre_hook(_with_marker)  # type: ignore[no-untyped-call]
         parent, _, leaf = name.rpartition(".")
         setattr(modules[parent], leaf, layer)
 

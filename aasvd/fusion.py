@@ -42,7 +42,7 @@ class Stacked:
             trains = _weight(layer).requires_grad
             # A storage of its own in the same memory: what saves a model takes views of one storage for tied
             # weights, and keeps one of them (accelerate's and safetensors' save_model).
-            own = torch.from_dlpack(view)
+            own = torch.utils.dlpack.from_dlpack(view)
             setattr(layer, layer.DOWN or "", nn.Parameter(own, requires_grad=trains))
             layer.shared = self
         # The stack keeps its memory, so a parameter at its address is still in it.

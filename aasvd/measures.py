@@ -134,7 +134,8 @@ def sensitivity(
             module.weight.data = dense
         for load, own in zip(blocks[1:], arguments[1:], strict=True):
             block = load()
-            states = [_through(block, state, own) for state in states]
+            for trial in range(len(states)):  # one at a time: all of them take tens of gigabytes
+                states[trial] = _through(block, states[trial], own)
         values = {name: float(torch.tensor(loss(s)).exp()) for name, s in zip(names, states, strict=True)}
     return {
         name: torch.tensor([values[name, number] for number in range(len(some))], dtype=torch.float64)

@@ -468,6 +468,10 @@ def test_ranks_come_from_a_file(tmp_path: Path) -> None:
     hint = re.search(r"<model>_r([0-9.]+)_", str(raised.value))
     assert hint is not None
     assert allocate("file", asked._replace(ratio=float(hint[1]))).ranks == expected
+    # No ratio stands for all of a model.
+    (tmp_path / "ranks.json").write_text(json.dumps(dict.fromkeys(names)))
+    with pytest.raises(ValueError, match=r"keep 1 of the parameters, not 0\.6 or a little less$"):
+        allocate("file", asked._replace(ratio=0.6))
     for change, message in [
         ({"0.mlp.up_proj": 97}, r"rank 97 of 0\.mlp\.up_proj: expected 1 to 96, 0 to remove it, or null"),
         ({"0.mlp.up_proj": True}, "rank True of"),

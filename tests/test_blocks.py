@@ -8,11 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import SIZES, TINY, tiny_config, tiny_model
+from architectures import GROUPED, SIZES, TINY, UNUSUAL, tiny_config, tiny_model
 from safetensors.torch import load_file, save_file
 from stored import CPU, TOKENS, WIDTH, Stored, describe, random_tokens, store
 from torch import Tensor, nn
-from transformers import GPT2Config, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GPT2Config,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 from workflow_copy import trained_tokenizer
 
 from aasvd.artifacts import DamagedArtifactError
@@ -82,7 +88,7 @@ def hidden_states(model: PreTrainedModel, blocks: nn.ModuleList, tokens: Tensor)
 # Every architecture
 
 
-@pytest.mark.parametrize("architecture", TINY)
+@pytest.mark.parametrize("architecture", [*TINY, *UNUSUAL])
 @torch.no_grad()
 def test_blocks_called_one_at_a_time_are_the_model(
     stored: Callable[[str], Stored], architecture: str
@@ -103,6 +109,39 @@ def test_blocks_called_one_at_a_time_are_the_model(
         # sum of up to 48 products rounds differently in each of some ten steps.
         atol = 100 * torch.finfo(torch.float32).eps * float(theirs.abs().max())
         torch.testing.assert_close(ours, theirs, rtol=0, atol=atol)
+
+
+def _model(kind: str, **settings: object) -> PreTrainedModel:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **GROUPED, **settings)).eval()
+
+
+def test_a_decoder_that_is_no_part_of_its_model_is_embedded(tmp_path: Path) -> None:
+    """Llama 4's names a prefix that its own parameters do not have."""
+    model = _model("llama4_text", head_dim=8, intermediate_size_mlp=48, num_local_experts=2)
+    expected = model.get_input_embeddings()(random_tokens(2))
+    torch.testing.assert_close(store(model, tmp_path).hidden(2), expected, rtol=0, atol=0)
+
+
+def test_buffers_of_a_block_are_read_like_its_parameters(tmp_path: Path) -> None:
+    model = _model("apertus")
+    model.model.layers[0].mlp.act_fn.beta.fill_(0.875)
+    assert float(store(model, tmp_path).block().mlp.act_fn.beta) == 0.875
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "message"),
+    [
+        ("falcon", {}, "FalconDecoderLayer returns a tuple, not a tensor"),
+        ("gpt_bigcode", {"n_embd": 32, "n_head": 4}, "GPTBigCodeForCausalLM calls its blocks with arguments"),
+    ],
+)
+def test_blocks_that_are_called_otherwise_are_one_message(
+    kind: str, settings: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        store(_model(kind, **settings), tmp_path).groups()
 
 
 @pytest.mark.parametrize("architecture", TINY)

@@ -77,12 +77,21 @@ def _sensitivity(
     trials: dict[str, list[Tensor]] = {}
     options = objectives.Options(blend=0.0, ridge=0.0)
     for name, weight in weights.items():
+        ranks = [
+            uniform_rank(*weight.shape, parameter_ratio=ratio, storage="factors")
+            for ratio in allocation.CANDIDATES
+        ]
+        # Of one solution, that of a smaller rank is the first directions.
+        largest = max(rank or 0 for rank in ranks)
         solve = objectives.solver("asvd", statistics[name], options=options)
-        trials[name] = []
-        for ratio in allocation.CANDIDATES:
-            rank = uniform_rank(*weight.shape, parameter_ratio=ratio, storage="factors")
-            factors = None if rank is None else solve(name, weight, rank).factors
-            trials[name].append(weight if factors is None else factors.u @ factors.v)
+        factors = solve(name, weight, largest).factors if largest else None
+        trials[name] = [
+            # As the passes take it: there are dozens of them.
+            (weight if rank is None or factors is None else factors.u[:, :rank] @ factors.v[:rank])
+            .to(around.dtype)
+            .cpu()
+            for rank in ranks
+        ]
     later = range(around.index, len(around.parts.blocks))
     loaded = [
         functools.partial(
