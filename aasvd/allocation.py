@@ -462,7 +462,7 @@ def optimal(problem: Problem) -> Allocation:
 
     Every direction of every linear comes with what dropping it costs the model's loss (measure
     `influence`). Losses add up, so this is a knapsack of one option per linear, and is solved exactly. Large
-    linears get even ranks (`_even_ranks`), and the bound in the notes is that of these. Where steps, or
+    linears get round ranks (`_round_ranks`), and the bound in the notes is that of these. Where steps, or
     directions that are worth nothing, would leave the budget unmet, it is filled as far as ranks allow.
     """
     options: list[list[int | None]] = []
@@ -472,7 +472,7 @@ def optimal(problem: Problem) -> Allocation:
     for layer in problem.layers:
         gains = problem.of_layer("influence", layer).double().cpu().numpy()
         worth.append(np.append(0.0, np.cumsum(gains)))
-        ranks = _even_ranks(layer, largest_rank(problem, layer))
+        ranks = _round_ranks(layer, largest_rank(problem, layer))
         options.append([*ranks, None])
         costs.append(np.array([*(problem.cost(layer, rank) for rank in ranks), layer.size], dtype=np.int64))
         # At full rank, dense or not, nothing is lost.
@@ -519,7 +519,7 @@ def _by_gain(
     return gain
 
 
-def _even_ranks(layer: Layer, largest: int) -> list[int]:
+def _round_ranks(layer: Layer, largest: int) -> list[int]:
     """Return the ranks that a linear may get: multiples of a power of two, and the powers below it.
 
     The power is about a thirtieth of full rank, at most 16, so hardly anything is lost. What is gained:

@@ -199,7 +199,7 @@ def accuracy(
 
     Returns:
         `acc`, `stderr` (of acc; None for a single row), `count`, `lm_eval_version`, `task_version`, and where
-        the task has it `acc_norm` (by length in bytes) and `acc_norm_stderr`.
+        the task has it `acc_norm` (by length in characters) and `acc_norm_stderr`.
 
     Raises:
         SourceError: If the task is unknown.

@@ -86,7 +86,8 @@ def _names(runs: Iterable[Run], kind: str) -> list[str]:
 def _cells(run: Run, texts: Sequence[str], tasks: Sequence[str], *, side: str) -> list[str]:
     """Return perplexities, accuracies, their average and its drop against the dense model."""
     mean, dense = run.value("acc average", side), run.value("acc average", "dense")
-    drop = None if mean is None or dense is None or side == "dense" else (dense - mean) / dense
+    # Nothing right in a few examples is no number to compare with.
+    drop = None if mean is None or not dense or side == "dense" else (dense - mean) / dense
     return [
         *(number(run.value(f"perplexity {text}", side)) for text in texts),
         *(percent(run.value(f"acc {task}", side)) for task in tasks),
@@ -284,7 +285,7 @@ def breakdown(*, runs: str, model: str, ratios: Sequence[float], outputs: Sequen
         rows.append([name, dense, *(cell(run, metric, "value") for run in found)])
     notes = [
         _measured_on(found, texts, tasks),
-        "acc_norm: answers compared by log likelihood per byte; ±: standard error.",
+        "acc_norm: answers compared by log likelihood per character; ±: standard error.",
     ]
     Table(f"{model}: every measurement", head, rows, notes).write(*_outputs(outputs))
 

@@ -160,7 +160,7 @@ def test_optimal_is_the_best_of_all_ranks(seed: int) -> None:
         assert found.notes["predicted_loss"] == pytest.approx(best, abs=1e-12)
 
 
-def test_optimal_is_the_best_of_all_even_ranks() -> None:
+def test_optimal_is_the_best_of_all_round_ranks() -> None:
     """Against all combinations of those that larger linears may get: every second rank, 1 and dense."""
     chance = torch.Generator().manual_seed(0)
     layers = [Layer(0, str(number), shape) for number, shape in enumerate([(64, 96), (80, 64), (72, 72)])]
@@ -193,7 +193,9 @@ def test_optimal_is_the_best_of_all_even_ranks() -> None:
 
 @pytest.mark.parametrize("storage", ["factors", "pivoted"])
 @pytest.mark.parametrize("ratio", [0.05, 0.4, 0.6, 0.8])
-def test_optimal_gives_large_linears_even_ranks_and_loses_hardly_anything(ratio: float, storage: str) -> None:
+def test_optimal_gives_large_linears_round_ranks_and_loses_hardly_anything(
+    ratio: float, storage: str
+) -> None:
     """Against the best of all ranks, whose bound the knapsack gives, for the linears of 8 real blocks."""
     chance = torch.Generator().manual_seed(0)
     shapes = {"q": (576, 576), "k": (192, 576), "gate": (1536, 576), "down": (576, 1536)}

@@ -201,3 +201,9 @@ def test_depth_shows_what_was_published_or_measured_after_and_every_run_by_its_o
     assert found["aasvd (norefine)"] == ([1, 2], [0.3, 0.4])
     assert found["SliceGPT (slice)"] == ([], [])
     assert len(drawn["lines"][1]) == 3
+
+
+def test_a_dense_model_with_nothing_right_has_no_drop() -> None:
+    """As a few examples may have it."""
+    run = paper.Run({}, {"acc average": {"value": 0.25, "dense": 0.0, "count": 0}})
+    assert paper._cells(run, [], [], side="value")[-1] == "–"
