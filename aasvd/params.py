@@ -3,8 +3,9 @@
 import copy
 import functools
 import itertools
+import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -98,6 +99,15 @@ def _validator() -> jsonschema.Draft202012Validator:
     return jsonschema.Draft202012Validator(yaml.safe_load(SCHEMA.read_text()))
 
 
+def _numbers(section: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, float]]:
+    """Yield every float of a configuration with its key."""
+    for key, value in section.items():
+        if isinstance(value, Mapping):
+            yield from _numbers(value, f"{place}{key}.")
+        elif isinstance(value, float):
+            yield f"{place}{key}", value
+
+
 def validate(config: Config) -> None:
     """Check a configuration against the schema, and all names in it.
 
@@ -109,6 +119,9 @@ def validate(config: Config) -> None:
     if error := max(errors, key=jsonschema.exceptions.relevance, default=None):
         place = ".".join(map(str, error.absolute_path)) or "top level"
         raise ValueError(f"params.yaml: {place}: {_explained(error)}")
+    # Which every bound of the schema lets through.
+    if wrong := next((key for key, number in _numbers(config) if not math.isfinite(number)), None):
+        raise ValueError(f"params.yaml: {wrong}: expected a finite number")
     for kind in ("models", "texts"):
         for name, source in config[kind].items():
             acting = _source_keys(kind, source)

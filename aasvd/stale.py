@@ -14,7 +14,8 @@ def stale(config: params.Config) -> list[Path]:
     params.yaml knows what its name says.
 
     Raises:
-        ValueError: If a key cannot be worked out.
+        ValueError: If a local model or text that one of them uses is not there: its key, and with it what is
+            stale, cannot be worked out.
     """
     # progress.json is there from a run's first stage on.
     begun = [
@@ -26,6 +27,7 @@ def stale(config: params.Config) -> list[Path]:
             run = params.parse_run(config, name)
         except ValueError:
             continue
+        _require_sources(config, run)
         paths = layout.Paths(config, run)
         current |= {paths.calibration, paths.original, paths.compressed, paths.evaluation}
         current.add(paths.dense_evaluation)
@@ -40,6 +42,17 @@ def stale(config: params.Config) -> list[Path]:
         *layout.ARTIFACTS.glob("evaluation/*/*/*"),
     ]
     return sorted(folder for folder in folders if folder.is_dir() and folder not in current)
+
+
+def _require_sources(config: params.Config, run: params.Run) -> None:
+    texts = [run.settings["calibration"]["text"], *run.settings["evaluation"]["texts"]]
+    for kind, name in (("models", run.model), *(("texts", text) for text in texts)):
+        path = config[kind][name].get("path")
+        if path is not None and not Path(path).expanduser().exists():
+            raise ValueError(
+                f"params.yaml: {kind}.{name}.path: {path} does not exist, so what was made from it would "
+                f"seem stale; bring it back, or remove results/{run.name} and its name under `runs`"
+            )
 
 
 def main() -> None:

@@ -164,8 +164,9 @@ def _trace(block: nn.Module, example: Example) -> _Trace:
     host = torch.device("cpu")
     placed = place(example.arguments, device=host, dtype=torch.float64)
     weights = [parameter for module in linears(block).values() for parameter in module.parameters()]
-    # A copy without its linears' weights, which nothing looks at.
-    light = copy.deepcopy(block, {id(weight): nn.Parameter(torch.empty(0)) for weight in weights})
+    zero = torch.zeros((), dtype=torch.float64)
+    # A copy without memory for its linears' weights: nothing looks at more of them than their shapes.
+    light = copy.deepcopy(block, {id(weight): nn.Parameter(zero.expand(weight.shape)) for weight in weights})
     light.to(host, torch.float64)
     with attention.replaced(attend), instead(light, {name: linear(name) for name in linears(light)}):
         light(_variable(1, example.tokens, example.width), **placed)

@@ -1,5 +1,6 @@
 import copy
 import itertools
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,8 @@ def test_no_object_of_the_schema_takes_unknown_keys() -> None:
     [
         (["refinment"], {}, r"refinment"),
         (["calibration", "sequence"], 3, r"calibration: .*sequence"),
+        (["compression", "ridge"], math.nan, r"compression\.ridge: expected a finite number"),
+        (["refinement", "learning_rate"], math.inf, r"refinement\.learning_rate: expected a finite number"),
         (["calibration", "sequences"], "many", r"calibration\.sequences: 'many' is not of type 'integer'"),
         (["calibration", "sequences"], 0, r"calibration\.sequences: 0 is less than the minimum of 1"),
         (["calibration", "sampling"], "best", r"calibration\.sampling: 'best' is not one of .*'sequential'"),

@@ -50,6 +50,14 @@ def test_folders_of_no_run_are_passed_over(made: Config, name: str) -> None:
     assert stale.stale(made) == everything
 
 
+def test_nothing_is_stale_while_a_source_is_away(made: Config, tmp_path: Path) -> None:
+    """A disk that is not mounted changes the key of all that was made from what lies there."""
+    begin("mine_r0.5", "progress.json")
+    (tmp_path / "notes.txt").rename(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match=r"params\.yaml: texts\.notes\.path: \S+ does not exist"):
+        stale.stale(made)
+
+
 def test_what_is_stale_is_listed_and_on_request_removed(
     made: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -151,6 +151,19 @@ def test_only_what_a_parameter_determines_is_made_anew(another: Copy) -> None:
     assert "up to date" in another.must("dvc", "status")
 
 
+def test_a_run_is_made_anew_from_another_model(another: Copy) -> None:
+    """The run is there already, so that nothing but its model's key tells that it is another's."""
+    before = another.evaluation()["provenance"]["keys"]
+    tiny = another.params()["models"]["tiny"]
+    another.change(models={"tiny": {**tiny, "dtype": "bfloat16"}}, evaluation={"tasks": []})
+    ran = Counter(finished(another.make()))
+    assert ran["fetch_model"] == ran["publish"] == 1 and ran["solve_block"] == BLOCKS
+    after = another.evaluation()["provenance"]["keys"]
+    assert all(before[name] != after[name] for name in ("model", "calibration", "compression"))
+    assert "Nothing to be done" in another.make("--dry-run")
+    assert "up to date" in another.must("dvc", "status")
+
+
 def test_an_overlay_merges_deeply_and_is_not_recorded_as_params_yaml(another: Copy) -> None:
     lock, first = another.path("dvc.lock").read_text(), another.evaluation()
     another.path("more.yaml").write_text(

@@ -11,10 +11,22 @@ def todays(folder):
     return nothing
 
 
+def unfetched(wildcards):
+    """The marker of a run that was published from another model, until this one is fetched.
+
+    What such a run reads is known then only, and until then its eval.json leaves Snakemake nothing to do.
+    """
+    if pathlib.Path(f"{MODEL}/source.json".format(**wildcards)).exists():
+        return []
+    runs = [parse_run(name) for name in REQUESTED if parse_run(name).model == wildcards.model]
+    return [marker(run.name) for run in runs if not layout.is_published(run, paths_by_name(run.name))]
+
+
 checkpoint fetch_model:
     """Fetch a dense model as safetensors and describe its tensors and blocks."""
     input:
         todays(lambda w: layout.model_folder(config, w.model)),
+        unfetched,
     output:
         source=f"{MODEL}/source.json",
         outline=f"{MODEL}/outline.json",
