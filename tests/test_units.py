@@ -32,6 +32,13 @@ def hidden() -> Tensor:
     return torch.randn(2, TOKENS, WIDTH, generator=generator, dtype=torch.float64)
 
 
+def test_a_block_without_attention_is_one_message(tmp_path: Path) -> None:
+    """Also where a linear's weight is read without a call, as Mamba's dt_proj is."""
+    mamba = store(tiny_model("mamba"), tmp_path)
+    with pytest.raises(ValueError, match="MambaBlock calls attention 0 times"):
+        branches(mamba.block(), around(mamba))
+
+
 def test_branches_are_attention_and_the_rest(stored: Stored) -> None:
     block = stored.block(dtype=torch.float64)
     found = branches(block, around(stored))
