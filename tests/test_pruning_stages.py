@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import TINY, UNUSUAL, tiny_model
+from architectures import TINY, tiny_model
 from safetensors.torch import load_file
 from stored import random_tokens
 from test_stages import CALIBRATION, COMPRESSION, Chain
@@ -120,7 +120,15 @@ def logits(model: nn.Module) -> Tensor:
     return found
 
 
-@pytest.mark.parametrize("name", [*TINY, *UNUSUAL])
+def test_a_block_that_holds_more_than_linears_is_not_removed(tmp_path: Path) -> None:
+    """The experts of a mixture would stay."""
+    with pytest.raises(
+        stages.StageError, match="MixtralDecoderLayer does not only add what its linears make"
+    ):
+        Pruned(tmp_path, "mixtral", "shortgpt", 0.7).prune()
+
+
+@pytest.mark.parametrize("name", [*TINY, "mamba"])
 def test_shortgpt_skips_the_block_that_changes_its_input_least(tmp_path: Path, name: str) -> None:
     run = Pruned(tmp_path, name, "shortgpt", 0.7)
     model = run.prune()
@@ -297,6 +305,6 @@ def test_blocks_that_do_more_than_add_are_refused(tmp_path: Path) -> None:
     run.original()
     ranks = read_json(Path(run.path("ranks.json")))["ranks"]
     write_json(Path(run.path("ranks.json")), {"ranks": dict.fromkeys(ranks, 0)})
-    with pytest.raises(stages.StageError, match="OPTDecoderLayer does not only add to its input"):
+    with pytest.raises(stages.StageError, match="OPTDecoderLayer does not only add what its linears make"):
         compression = {**COMPRESSION, **METHODS["shortgpt"], "storage": "pruned"}
         run.solve(0, original=None, shifted=None, compression=compression)
