@@ -136,8 +136,8 @@ def require_residual(block: nn.Module, example: Example) -> None:
     """
     if not is_residual(block, example):
         raise ValueError(
-            f"{type(block).__name__} does not only add what its linears make of its input to it, so neither it "
-            "nor its attention or MLP can be removed"
+            f"{type(block).__name__} does not only add what its linears make of its input to it, so neither "
+            "it nor its attention or MLP can be removed"
         )
 
 
