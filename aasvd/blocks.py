@@ -174,21 +174,16 @@ def load_block(
 ) -> nn.Module:
     """Return block `index` with its weights, on a device and in a float type of one's choice."""
     block = copy.deepcopy(parts.blocks[index])
+    parameters = dict(block.named_parameters(remove_duplicate=False))
     state = {}
     for name in block.state_dict():
         stored = f"{parts.path}.{index}.{name}"
-        if _is_stored(source, parts, stored):
+        # All parameters, and the buffers that the files have.
+        if name in parameters or source.find(stored, prefix=parts.model.base_model_prefix):
             tensor = read(source, parts, stored)
             state[name] = tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
     block.load_state_dict(state, strict=False, assign=True)
     return block.to(device)
-
-
-def _is_stored(source: Source, parts: Skeleton, name: str) -> bool:
-    """Tell whether a tensor is read from the files: every parameter, and the buffers that they have."""
-    owner, _, leaf = name.rpartition(".")
-    parameter = leaf in dict(parts.model.get_submodule(owner).named_parameters(recurse=False))
-    return parameter or source.find(name, prefix=parts.model.base_model_prefix) is not None
 
 
 def read(source: Source, parts: Skeleton, name: str) -> Tensor:
