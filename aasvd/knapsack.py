@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 
-# Partial solutions kept at one time: first few, which finds a solution so good that little is left for the
-# exhaustive search to look at. Beyond the last number it goes on with the best, and says so.
-_STATES = (1_000, 100_000)
+# Partial solutions looked at for one item: first few, which finds a solution so good that little is left for
+# the exhaustive search to look at. Beyond the last number it goes on with the best, and says so: an item of a
+# 7B model has thousands of options, and where spectra are nearly equal all of them are left.
+_LOOKED_AT = (10_000, 5_000_000)
 
 
 class Choice(NamedTuple):
@@ -60,9 +61,11 @@ def choose(costs: Sequence[Integers], values: Sequence[Floats], *, budget: int) 
     bound = float(price * budget + sum(some.max() for some in worth))
     value = float(sum(v[option] for v, option in zip(values, chosen, strict=True)))
     exact = False
-    for states in _STATES:
+    for looked_at in _LOOKED_AT:
         gap = max(0.0, bound - value)
-        options, exact = _search(costs, regrets, chosen, budget=budget, price=price, gap=gap, states=states)
+        options, exact = _search(
+            costs, regrets, chosen, budget=budget, price=price, gap=gap, looked_at=looked_at
+        )
         found = float(sum(v[option] for v, option in zip(values, options, strict=True)))
         if found > value:
             chosen, value = options, found
@@ -123,7 +126,7 @@ def _search(
     budget: int,
     price: float,
     gap: float,
-    states: int,
+    looked_at: int,
 ) -> tuple[list[int], bool]:
     """Search all choices that lose at most `gap`, for the one that loses least."""
     # Rounding must not cut the start itself off.
@@ -154,6 +157,8 @@ def _search(
         best = np.maximum.accumulate(value[order])
         front = order[np.concatenate([[True], best[1:] > best[:-1]])] if len(order) else order
         alive = alive[front]
+        following = len(kept[core[position + 1]]) if position + 1 < len(core) else 1
+        states = max(1, looked_at // following)
         if len(alive) > states:
             alive = alive[np.argsort(all_lost[alive], kind="stable")[:states]]
             exact = False

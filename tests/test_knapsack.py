@@ -1,4 +1,5 @@
 import itertools
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -60,7 +61,7 @@ def test_greedy_alone_is_not_the_best() -> None:
 
 
 def test_a_search_cut_short_says_so_and_stays_within_its_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(knapsack, "_STATES", (1,))
+    monkeypatch.setattr(knapsack, "_LOOKED_AT", (1,))
     cut = 0
     for seed in range(100):
         costs, values, budget = problem(seed)
@@ -70,6 +71,21 @@ def test_a_search_cut_short_says_so_and_stays_within_its_bound(monkeypatch: pyte
         assert not found.exact or found.value == pytest.approx(best, abs=1e-12)
         cut += not found.exact
     assert cut
+
+
+def test_work_is_bounded_where_all_options_are_nearly_worth_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A flat spectrum leaves every rank within the gap: states times options would be looked at."""
+    monkeypatch.setattr(knapsack, "_LOOKED_AT", (1_000, 20_000))
+    chance = np.random.default_rng(0)
+    costs = [np.arange(1, 1001) * chance.integers(5000, 9000) for _ in range(30)]
+    values = [np.cumsum(1 + 1e-6 * chance.random(1000)) * (cost[0] / 7000) for cost in costs]
+    tracemalloc.start()
+    found = choose(costs, values, budget=int(0.6 * sum(int(cost[-1]) for cost in costs)))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert not found.exact
+    assert found.bound - found.value <= 1e-4 * found.value
+    assert peak < 200 * 20_000  # some numbers for each of them and of what is left
 
 
 def test_a_model_of_two_hundred_linears_is_solved_exactly() -> None:
