@@ -238,6 +238,12 @@ def _stand_ins(
                 f"{type(parts.model).__name__} calls its blocks with arguments that it does not name; such "
                 "models cannot be compressed block by block"
             )
+        # A model that unpacks a tuple takes the first sequence of a tensor instead.
+        if calls and hidden_states.shape != calls[0][0].shape:
+            raise ValueError(
+                f"{type(parts.model).__name__} passes on a part of what its blocks return (of a tuple, as a "
+                "rule), not a tensor; such models cannot be compressed block by block"
+            )
         calls.append((hidden_states, arguments))
         return hidden_states if output is None else output
 

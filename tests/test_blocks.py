@@ -114,7 +114,7 @@ def test_blocks_called_one_at_a_time_are_the_model(
 def _model(kind: str, **settings: object) -> PreTrainedModel:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **GROUPED, **settings)).eval()
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **(GROUPED | settings))).eval()
 
 
 def test_a_decoder_that_is_no_part_of_its_model_is_embedded(tmp_path: Path) -> None:
@@ -133,8 +133,14 @@ def test_buffers_of_a_block_are_read_like_its_parameters(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("kind", "settings", "message"),
     [
-        ("falcon", {}, "FalconDecoderLayer returns a tuple, not a tensor"),
+        ("falcon", {}, "FalconForCausalLM passes on a part"),
+        ("falcon", {"num_hidden_layers": 1}, "FalconDecoderLayer returns a tuple, not a tensor"),
         ("gpt_bigcode", {"n_embd": 32, "n_head": 4}, "GPTBigCodeForCausalLM calls its blocks with arguments"),
+        (
+            "gptj",
+            {"n_embd": 32, "n_head": 4, "n_layer": 2, "rotary_dim": 4},
+            "GPTJForCausalLM passes on a part",
+        ),
     ],
 )
 def test_blocks_that_are_called_otherwise_are_one_message(
