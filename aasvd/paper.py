@@ -214,7 +214,7 @@ def ablation(
 def _comparison(runs: Sequence[Run], *, title: str, notes: Sequence[str]) -> Table:
     """Return a table of runs of one model, the dense model first, a group per ratio."""
     texts, tasks = _names(runs, "perplexity"), _names(runs, "acc")
-    rows = [["dense", "1", "1", *_cells(_best_known(runs), texts, tasks, side="dense")]] if runs else []
+    rows = [["dense", "1", "1", *_cells(_dense(runs), texts, tasks, side="dense")]] if runs else []
     rows += [
         [
             run.label,
@@ -230,8 +230,21 @@ def _comparison(runs: Sequence[Run], *, title: str, notes: Sequence[str]) -> Tab
 
 
 def _best_known(runs: Sequence[Run]) -> Run:
-    """Return the run with most metrics: its dense side stands for the dense model."""
+    """Return the run with most metrics."""
     return max(runs, key=lambda run: len(run.metrics))
+
+
+def _dense(runs: Sequence[Run]) -> Run:
+    """Return a run whose dense side stands for the dense model: every metric of the best known that has it.
+
+    Runs may be measured on other texts and tasks, and a measurement may fail in one alone.
+    """
+    metrics: dict[str, Mapping[str, Any]] = {}
+    for run in sorted(runs, key=lambda run: len(run.metrics), reverse=True):
+        for metric, row in run.metrics.items():
+            if metrics.get(metric, {}).get("dense") is None:
+                metrics[metric] = row
+    return Run(_best_known(runs).facts, metrics)
 
 
 def _groups(runs: Sequence[Run]) -> list[int]:
@@ -250,7 +263,7 @@ def models(*, runs: str, models: Sequence[str], ratios: Sequence[float], outputs
         own = [run for run in found if run.facts["model"] == model]
         groups.append(len(rows))
         if own:
-            rows.append([model, "dense", "1", *_cells(_best_known(own), texts, tasks, side="dense")])
+            rows.append([model, "dense", "1", *_cells(_dense(own), texts, tasks, side="dense")])
         rows += [
             [model, run.label, f"{run.ratio:g}", *_cells(run, texts, tasks, side="value")] for run in own
         ]
@@ -263,7 +276,7 @@ def breakdown(*, runs: str, model: str, ratios: Sequence[float], outputs: Sequen
     """Write everything measured for one model, a row per metric and a column per run."""
     found = of(read_runs(runs), models=[model], ratios=ratios)
     metrics = list(dict.fromkeys(metric for run in found for metric in run.metrics))
-    best = _best_known(found) if found else None
+    best = _dense(found) if found else None
     texts, tasks = _names(found, "perplexity"), _names(found, "acc")
 
     def cell(run: Run, metric: str, side: str) -> str:

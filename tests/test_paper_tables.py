@@ -97,6 +97,20 @@ def test_default_beside_the_same_run_of_other_parameters_is_left_out(
     assert names(made("o_r0.6", 0.6, model="o"), other) == ["o_r0.6", "default"]
 
 
+def test_the_dense_row_has_what_any_run_knows(
+    made: Maker, stored_runs: Callable[..., str], tmp_path: Path
+) -> None:
+    """Two runs measured on one task each: neither has the other's dense number."""
+    first, second = (results.side_by_side([DENSE[i]], [COMPRESSED[i]]) for i in (1, 2))
+    runs = stored_runs(made("m_r0.6", 0.6, **first), made("m_r0.8", 0.8, **second))
+    output = tmp_path / "main.md"
+    paper.main(runs=runs, model="m", ratios=[0.8, 0.6], outputs=[str(output)])
+    head, dense, *rows = cells(output)
+    assert len(head[3:-2]) == 2 and dense[0] == "dense"
+    assert "–" not in dense[3:5]
+    assert ["–" in row[3:5] for row in rows] == [True, True]
+
+
 def test_averages_over_other_tasks_say_so_and_so_do_other_calibrations(
     made: Maker, stored_runs: Callable[..., str], tmp_path: Path
 ) -> None:
