@@ -5,7 +5,7 @@ gradient at its output into that at its input, which is written for the block be
 one block is in memory, and the whole costs about three forward passes.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -87,7 +87,14 @@ def block_gradients(
         name: Gram(linear.out_features, device=device, dtype=torch.float32)
         for name, linear in linears.items()
     }
-    with _watching_outputs(linears, outer):
+
+    def watch(name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            output.register_hook(outer[name].add)  # type: ignore[no-untyped-call]
+
+        return hook
+
+    with _hooked(linears, linears, watch):
         for x in _backward(block, inputs, upstream, arguments, device):
             assert x.grad is not None
             on_gradient(x.grad)
@@ -129,6 +136,65 @@ def block_fisher(
     return {name: Fisher(squared[name], mean[name].norm().double()) for name in linears}
 
 
+def truncation_losses(
+    block: nn.Module,
+    factors: Mapping[str, tuple[Tensor, Tensor]],
+    *,
+    inputs: Activations,
+    upstream: Activations,
+    arguments: Mapping[str, Any],
+    device: torch.device,
+    on_sequence: Callable[[], object],
+) -> dict[str, Tensor]:
+    """Return what the loss gains where one linear keeps only its first k directions, for every k.
+
+    To second order, with Fisher's approximation of the Hessian and tokens on their own: E[(gᵀe)²] / 2 in
+    nats per token, g the loss's gradient at the linear's output and e = Σ_{i > k} u_i v_i x what is missing
+    there. g and x are those of the same token: where few tokens have both large gradients and large inputs,
+    or never both, E[g gᵀ] and E[x xᵀ] alone (as in K-FAC) say too little or too much.
+
+    Args:
+        block: The original block on `device`; its parameters need no gradients.
+        factors: By linear u (m, r) and v (r, n) whose product is its weight, the directions in their order.
+        inputs: Inputs of the block, (sequences, tokens, width).
+        upstream: ∂loss/∂output of the block, of as many of its first sequences as are to count.
+        arguments: The block's keyword arguments.
+        device: Where the block is.
+        on_sequence: Called after each sequence.
+
+    Returns:
+        By linear, the losses at k = 0, ..., r − 1, (r,) float64.
+
+    Raises:
+        ValueError: If a gradient is not finite (names the layer).
+    """
+    linears = blocks.linears(block)
+    found = {
+        name: torch.zeros(len(v), dtype=torch.float64, device=device) for name, (_, v) in factors.items()
+    }
+
+    def watch(name: str) -> Callable[..., None]:
+        u, v = (factor.to(device, torch.float32) for factor in factors[name])
+
+        def hook(_module: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
+            x = given[0].detach().flatten(0, -2).float()
+
+            def add(gradient: Tensor) -> None:
+                parts = (gradient.flatten(0, -2).float() @ u) * (x @ v.mT)
+                missing = parts.flip(1).cumsum(1).flip(1)
+                found[name] += missing.square().sum(0, dtype=torch.float64)
+
+            output.register_hook(add)  # type: ignore[no-untyped-call]
+
+        return hook
+
+    with _hooked(linears, factors, watch):
+        for _ in _backward(block, inputs, upstream, arguments, device):
+            on_sequence()
+    tokens = upstream.shape[0] * upstream.shape[1]
+    return _finite({name: losses / (2 * tokens) for name, losses in found.items()})
+
+
 def _linears(block: nn.Module, groups: Sequence[Sequence[str]]) -> dict[str, nn.Linear]:
     linears = blocks.linears(block)
     return {name: linears[name] for group in groups for name in group}
@@ -157,16 +223,11 @@ def _finite(found: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @contextmanager
-def _watching_outputs(linears: Mapping[str, nn.Module], outer: Mapping[str, Gram]) -> Iterator[None]:
-    """Add the gradient at every linear's output to its Gram matrix during backward passes."""
-
-    def watch(name: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            output.register_hook(outer[name].add)  # type: ignore[no-untyped-call]
-
-        return hook
-
-    handles = [linear.register_forward_hook(watch(name)) for name, linear in linears.items()]
+def _hooked(
+    linears: Mapping[str, nn.Module], names: Iterable[str], watch: Callable[[str], Callable[..., None]]
+) -> Iterator[None]:
+    """Let a hook made for each linear of these names see its calls."""
+    handles = [linears[name].register_forward_hook(watch(name)) for name in names]
     try:
         yield
     finally:

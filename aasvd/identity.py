@@ -17,7 +17,7 @@ VERSIONS = {
     "model": 3,
     "text": 1,
     "task": 1,
-    "calibration": 7,
+    "calibration": 8,
     "compression": 11,
     "evaluation": 4,
     "positions": 2,

@@ -1,7 +1,7 @@
 """What allocations of ranks look at, measured block by block on the original model.
 
 spectra             eigenvalues of W XXᵀ Wᵀ: what each direction of the outputs holds; no pass
-influence           what dropping each direction costs the loss, to second order; no pass, but gradients
+influence           what each direction is worth to the loss, to second order; one backward pass
 relative_gradients  ‖∂loss/∂W‖ / ‖W‖ (DipSVD); no pass, but gradients
 profile             cosine of a block's input and output, singular values of its outputs; no pass
 sensitivity         perplexity with one linear compressed (ASVD); passes through all later blocks
@@ -11,13 +11,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import functional
 
 from aasvd.artifacts import Activations
 from aasvd.covariance import Gram
-from aasvd.objectives import Statistics, loss_metric
-from aasvd.solve import Target, factorize, prepare, spectrum
+from aasvd.objectives import Options, Statistics, solver
+from aasvd.solve import Target, prepare, spectrum
 
 Groups = Mapping[tuple[str, ...], Statistics]
 
@@ -37,35 +37,36 @@ def spectra(weights: Mapping[str, Tensor], groups: Groups) -> dict[str, Tensor]:
     }
 
 
-def influence(weights: Mapping[str, Tensor], groups: Groups, *, objective: str) -> dict[str, Tensor]:
-    """Return what dropping each direction of every linear costs, in nats per token, (min(m, n),).
+def directions(
+    weights: Mapping[str, Tensor], groups: Groups, *, objective: str
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return all directions of every linear, u (m, r) and v (r, n) with r = min(m, n), u v = W.
 
-    To second order an error e = (W − W') x of a linear's output changes the loss by (gᵀe)² / 2 on average,
-    g the loss's gradient there (Fisher's approximation of the Hessian). With g and x taken as independent
-    (K-FAC, Martens & Grosse 2015), direction u_i of the solution costs λ_i u_iᵀ G u_i / 2, with λ_i what
-    it holds of W XXᵀ Wᵀ and G = E[g gᵀ], both per token. Costs of several directions and linears add up.
-    The directions of `loss_aware` are orthogonal in G, and its eigenvalues are these costs.
+    The solution of a smaller rank is the first of them.
 
     Args:
         weights: Weight of every linear.
-        groups: Statistics of every group of linears, gradients with them.
-        objective: Whose directions are dropped: `loss_aware`'s own, else those of `input_aware`.
+        groups: Statistics of every group of linears, gradients with them where the objective needs them.
+        objective: Whose directions: `loss_aware` or `input_aware`.
     """
     found = {}
     for names, known in groups.items():
-        target = _target(known, [weights[name] for name in names])
+        solve = solver(objective, known, options=Options(blend=0.0, ridge=0.0))
         for name in names:
-            weight, outer = weights[name].to(torch.float64), known.outer[name]
-            if objective == "loss_aware":
-                root, scale = loss_metric(outer)
-                costs = scale * spectrum(root.mT @ weight, target)
-            else:
-                factors = factorize(weight, target, rank=min(weight.shape))
-                # What direction i adds to W' X, as u_i v_i X: in the metric of G.
-                inner = ((factors.v @ known.gram) * factors.v).sum(1)
-                costs = (((outer @ factors.u) * factors.u).sum(0) * inner).clamp_min(0)
-            found[name] = costs / (2 * known.token_count)
+            factors = solve(name, weights[name], min(weights[name].shape)).factors
+            found[name] = factors.u, factors.v
     return found
+
+
+def influence(losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return what each direction of every linear is worth to the loss, in nats per token, (r,).
+
+    Args:
+        losses: By linear, what the loss gains where only the first k directions are kept, k = 0, ..., r − 1
+            (`gradients.truncation_losses`). What all are worth together is the first; a direction's worth is
+            what the loss falls by with it, after those before it, and may be negative.
+    """
+    return {name: some - functional.pad(some[1:], (0, 1)) for name, some in losses.items()}
 
 
 def _target(known: Statistics, weights: Sequence[Tensor]) -> Target:
@@ -95,7 +96,7 @@ def profile(inputs: Activations, outputs: Activations, *, device: torch.device) 
     for before, after in zip(inputs.batches(1), outputs.batches(1), strict=True):
         x, y = before.to(device).float(), after.to(device).float()
         gram.add(y)
-        total += float(F.cosine_similarity(x, y, dim=-1).sum(dtype=torch.float64))
+        total += float(functional.cosine_similarity(x, y, dim=-1).sum(dtype=torch.float64))
         tokens += x.shape[0] * x.shape[1]
     values = torch.linalg.eigvalsh(gram.matrix()).flip(0).clamp_min(0)
     return {"cosine": torch.tensor([total / tokens], dtype=torch.float64), "singular": values.sqrt()}

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from aasvd import measures
-from aasvd.blocks import Head
-from aasvd.gradients import Fisher, block_fisher, block_gradients, head_gradient
+from aasvd.blocks import Head, linears
+from aasvd.gradients import Fisher, block_fisher, block_gradients, head_gradient, truncation_losses
 from aasvd.objectives import Options, Statistics, solver
 
 SEQUENCES = 5
@@ -25,6 +25,19 @@ class Found(NamedTuple):
 
     outer: dict[str, Tensor]
     fisher: dict[str, Fisher]
+    losses: dict[str, Tensor]
+
+
+def some_factors(block: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return random u and v for every linear of a block, the same for the same block."""
+    chance = torch.Generator().manual_seed(0)
+    return {
+        name: (
+            torch.randn(linear.out_features, 7, generator=chance, dtype=torch.float64),
+            torch.randn(7, linear.in_features, generator=chance, dtype=torch.float64),
+        )
+        for name, linear in linears(block).items()
+    }
 
 
 class Whole:
@@ -37,6 +50,8 @@ class Whole:
         blocks = model.get_submodule(self.prefix)
         self.inputs: list[list[Tensor]] = [[] for _ in range(len(blocks) + 1)]
         self.outer: dict[str, Tensor] = {}
+        self.reads: dict[str, list[Tensor]] = {}  # what enters every linear, and the gradients behind it
+        self.returns: dict[str, list[Tensor]] = {}
         self.gradients: dict[str, list[Tensor]] = {}
         self.losses = []
         handles = [block.register_forward_hook(self._watch(index)) for index, block in enumerate(blocks)] + [
@@ -66,10 +81,13 @@ class Whole:
         return hook
 
     def _outputs(self, name: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        def hook(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            self.reads.setdefault(name, []).append(inputs[0].detach().flatten(0, -2).double())
+
             def add(gradient: Tensor) -> None:
                 rows = gradient.reshape(-1, gradient.shape[-1]).double()
                 self.outer[name] = self.outer.get(name, 0) + rows.T @ rows
+                self.returns.setdefault(name, []).append(rows)
 
             output.register_hook(add)
 
@@ -99,7 +117,12 @@ class Whole:
             block, groups = self.tiny.block(index), self.tiny.groups(index)
             block.requires_grad_(False)
             outer = block_gradients(block, groups, **asked, on_gradient=made.append)
-            found.append(Found(outer, block_fisher(block, groups, **asked)))
+            seen: list[int] = []
+            losses = truncation_losses(
+                block, some_factors(block), **asked, on_sequence=lambda seen=seen: seen.append(1)
+            )
+            assert len(seen) == sequences
+            found.append(Found(outer, block_fisher(block, groups, **asked), losses))
         return loss, found[::-1]
 
 
@@ -124,6 +147,12 @@ def test_gradients_by_blocks_are_those_of_the_whole_model(
             assert float(found.norm) == pytest.approx(float(expected.mean(0).norm()), rel=1e-3)
             outer = whole.outer[key] / whole.ids.numel()
             torch.testing.assert_close(block.outer[inner] / outer.norm(), outer / outer.norm(), **CLOSE)
+            # What only the first k directions leave out counts by the gradients of its own tokens.
+            x, g = torch.cat(whole.reads[key]), torch.cat(whole.returns[key])
+            u, v = some_factors(whole.tiny.block(index))[inner]
+            missing = torch.stack([g.mul(x @ (u[:, k:] @ v[k:]).T).sum(1).square().mean() for k in range(7)])
+            assert block.losses[inner].dtype == torch.float64
+            torch.testing.assert_close(2 * block.losses[inner] / missing[0], missing / missing[0], **CLOSE)
 
 
 def test_gradients_of_some_sequences_are_theirs_alone(
@@ -170,29 +199,25 @@ def test_a_long_sequence_goes_through_the_head_in_parts(
 
 
 @pytest.mark.parametrize("objective", ["input_aware", "loss_aware"])
-def test_influence_is_the_second_order_cost_of_what_is_dropped(objective: str) -> None:
-    """For inputs and gradients that are independent: every pair of them counts once, and costs add up."""
+def test_directions_of_a_linear_are_its_solutions_of_every_rank(objective: str) -> None:
     chance = torch.Generator().manual_seed(0)
     for shape in ((6, 10), (10, 6)):
         weight = torch.randn(shape, generator=chance, dtype=torch.float64)
         x = torch.randn(shape[1], 40, generator=chance, dtype=torch.float64)
         g = torch.randn(shape[0], 40, generator=chance, dtype=torch.float64)
         known = Statistics(x @ x.T, x.abs().sum(1), 40, outer={"w": g @ g.T / 40})
-        gains = measures.influence({"w": weight}, {("w",): known}, objective=objective)["w"]
-        # `loss_aware` takes every output for a little more important than its gradients say.
-        floor = 0.01 * float(g.square().mean()) if objective == "loss_aware" else 0.0
-        assert gains.shape == (6,)
+        u, v = measures.directions({"w": weight}, {("w",): known}, objective=objective)["w"]
+        assert u.shape == (shape[0], 6) and v.shape == (6, shape[1])
+        solve = solver(objective, known, options=Options(blend=0.0, ridge=0.0))
         for rank in range(1, 7):
-            solve = solver(objective, known, options=Options(blend=0.0, ridge=0.0))
             factors = solve("w", weight, rank).factors
-            errors = (weight - factors.u @ factors.v) @ x
-            every = (g.T @ errors).square().mean()  # every gradient with every input
-            expected = float(every + floor * errors.square().sum(0).mean()) / 2
-            if rank < 6:
-                # Cut at a rank, the solution is that of full rank less its last directions.
-                assert float(gains[rank:].sum()) == pytest.approx(expected, rel=1e-8)
-            else:
-                assert expected < 1e-20
+            torch.testing.assert_close(u[:, :rank] @ v[:rank], factors.u @ factors.v)
+        torch.testing.assert_close(u @ v, weight)
+
+
+def test_a_direction_is_worth_what_the_loss_falls_by_with_it() -> None:
+    losses = torch.tensor([5.0, 2.0, 2.5, 0.5], dtype=torch.float64)
+    assert measures.influence({"w": losses})["w"].tolist() == [3.0, -0.5, 2.0, 0.5]
 
 
 def test_spectra_hold_the_outputs_energy() -> None:

@@ -57,6 +57,7 @@ class Pruned(Chain):
                 tokens=None,
                 inputs=self.path(f"x{block}"),
                 outputs=self.path(f"x{block + 1}"),
+                upstream=None,
                 output=self.path(f"profile{block}"),
                 record=self.path(f"profile{block}.json"),
                 index=block,

@@ -283,6 +283,7 @@ def test_asvd_tries_every_linear_alone_at_six_ratios(chain: Callable[..., Chain]
             tokens=run.path("tokens.parquet"),
             inputs=run.path(f"x{block}"),
             outputs=None,
+            upstream=None,
             output=files[-1],
             record=run.path(f"sensitivity{block}.json"),
             index=block,
@@ -504,7 +505,11 @@ def test_running_out_of_memory_says_which_setting_lowers_it(tmp_path: Path) -> N
         ("differentiate_block", originals, ["inputs", "upstream", "gradient", "statistics"]),
         ("differentiate_weights", originals, ["inputs", "upstream", "output"]),
         ("average_block", originals, ["inputs", "output", "buckets", "seed"]),
-        ("measure_block", ranks, ["covariances", "gradients", "fisher", "tokens", "outputs", "output"]),
+        (
+            "measure_block",
+            ranks,
+            ["covariances", "gradients", "fisher", "tokens", "outputs", "upstream", "output"],
+        ),
     ],
 )
 def test_stages_of_one_sequence_at_a_time_name_what_helps_them(

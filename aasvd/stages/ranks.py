@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from aasvd import allocation, blocks, calibration, measures, objectives, progress, truncation
+from aasvd import allocation, blocks, calibration, gradients, measures, objectives, progress, truncation
 from aasvd.artifacts import Activations, read_json, read_tensors, write_json, write_tensors
 from aasvd.rank import uniform_rank
 from aasvd.stages.loading import Block, load_model, model_folder, statistics_of
@@ -30,6 +30,7 @@ def measure_block(
     tokens: str | None,
     inputs: str | None,
     outputs: str | None,
+    upstream: str | None,
     output: str,
     record: str,
     index: int,
@@ -54,7 +55,9 @@ def measure_block(
         if kind == "spectra":
             found = measures.spectra(weights, groups)
         elif kind == "influence":
-            found = measures.influence(weights, groups, objective=number)
+            assert x is not None and upstream
+            factors = measures.directions(weights, groups, objective=number)
+            found = _influence(around, factors, x, Activations(Path(upstream)))
         elif kind == "relative_gradients":
             norms = read_tensors(Path(fisher or ""), device=around.device)
             found = measures.relative_gradients(weights, norms)
@@ -62,6 +65,23 @@ def measure_block(
             assert x is not None and tokens
             found = _sensitivity(around, weights, statistics, x, Path(tokens), int(number))
         write_tensors(Path(output), found)
+
+
+def _influence(
+    around: Block, factors: Mapping[str, tuple[Tensor, Tensor]], x: Activations, above: Activations
+) -> dict[str, Tensor]:
+    """Take the loss's gradients at every linear's output with the inputs of the same tokens."""
+    with around.bar("influence", len(above)) as bar:
+        losses = gradients.truncation_losses(
+            around.original(),
+            factors,
+            inputs=x,
+            upstream=above,
+            arguments=around.arguments(x),
+            device=around.device,
+            on_sequence=bar.update,
+        )
+    return measures.influence(losses)
 
 
 def _sensitivity(

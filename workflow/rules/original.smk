@@ -188,8 +188,9 @@ rule measure_block:
         gradients=differentiated("gradients"),
         fisher=differentiated("fisher"),
         tokens=measured_from(("sensitivity",), lambda w: f"{CALIBRATION}/tokens.parquet".format(**w)),
-        inputs=measured_from(("sensitivity", "profile"), lambda w: original_input(w, int(w.block))),
+        inputs=measured_from(("sensitivity", "profile", "influence"), lambda w: original_input(w, int(w.block))),
         outputs=measured_from(("profile",), lambda w: original_input(w, int(w.block) + 1)),
+        upstream=measured_from(("influence",), lambda w: upstream_gradient(w, int(w.block))),
     output:
         output=f"{ORIGINAL}/block_{{block}}/measures/{{measure}}.safetensors",
         record=f"{ORIGINAL}/block_{{block}}/measures/{{measure}}.json",
