@@ -204,8 +204,7 @@ rule measure_block:
         settings=settings_of("calibration"),
     run:
         stages(wildcards).measure_block(
-            **given(input),
-            **output,
+            **given(input), **output,
             index=int(wildcards.block),
             measure=wildcards.measure,
             settings=params.settings,
