@@ -462,9 +462,9 @@ def optimal(problem: Problem) -> Allocation:
 
     Every direction of every linear comes with what it is worth to the model's loss beside those before it
     (measure `influence`). Losses add up, so this is a knapsack of one option per linear, and is solved
-    exactly. Large linears get round ranks (`_round_ranks`), and the bound in the notes is that of these. Where
-    steps, or directions that are worth nothing, would leave the budget unmet, it is filled as far as ranks
-    allow.
+    exactly. Large linears get round ranks (`_round_ranks`), and the bound in the notes is that of these.
+    Where steps, or directions that are worth nothing, would leave the budget unmet, it is filled as far as
+    ranks allow.
     """
     options: list[list[int | None]] = []
     # By rank, what the directions up to there are worth together.
