@@ -5,7 +5,7 @@ gradient at its output into that at its input, which is written for the block be
 one block is in memory, and the whole costs about three forward passes.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -94,7 +94,7 @@ def block_gradients(
 
         return hook
 
-    with _hooked(linears, linears, watch):
+    with _hooked(linears, watch):
         for x in _backward(block, inputs, upstream, arguments, device):
             assert x.grad is not None
             on_gradient(x.grad)
@@ -168,7 +168,7 @@ def truncation_losses(
     Raises:
         ValueError: If a gradient is not finite (names the layer).
     """
-    linears = blocks.linears(block)
+    linears = _linears(block, [list(factors)])
     found = {
         name: torch.zeros(len(v), dtype=torch.float64, device=device) for name, (_, v) in factors.items()
     }
@@ -188,7 +188,7 @@ def truncation_losses(
 
         return hook
 
-    with _hooked(linears, factors, watch):
+    with _hooked(linears, watch):
         for _ in _backward(block, inputs, upstream, arguments, device):
             on_sequence()
     tokens = upstream.shape[0] * upstream.shape[1]
@@ -223,11 +223,9 @@ def _finite(found: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @contextmanager
-def _hooked(
-    linears: Mapping[str, nn.Module], names: Iterable[str], watch: Callable[[str], Callable[..., None]]
-) -> Iterator[None]:
-    """Let a hook made for each linear of these names see its calls."""
-    handles = [linears[name].register_forward_hook(watch(name)) for name in names]
+def _hooked(linears: Mapping[str, nn.Module], watch: Callable[[str], Callable[..., None]]) -> Iterator[None]:
+    """Let a hook that is made for each linear, by its name, see its calls."""
+    handles = [linear.register_forward_hook(watch(name)) for name, linear in linears.items()]
     try:
         yield
     finally:

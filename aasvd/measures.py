@@ -17,7 +17,7 @@ from torch.nn import functional
 from aasvd.artifacts import Activations
 from aasvd.covariance import Gram
 from aasvd.objectives import Options, Statistics, solver
-from aasvd.solve import Target, prepare, spectrum
+from aasvd.solve import prepare, spectrum
 
 Groups = Mapping[tuple[str, ...], Statistics]
 
@@ -29,12 +29,14 @@ def spectra(weights: Mapping[str, Tensor], groups: Groups) -> dict[str, Tensor]:
         weights: Weight of every linear.
         groups: Statistics of every group of linears.
     """
-    return {
-        name: spectrum(weights[name], target)
-        for names, known in groups.items()
-        for target in [_target(known, [weights[name] for name in names])]
-        for name in names
-    }
+    found: dict[str, Tensor] = {}
+    for names, known in groups.items():
+        tall = any(weights[name].shape[0] > weights[name].shape[1] for name in names)
+        target = prepare(
+            known.gram, cross_gram=None, blend=0.0, ridge=0.0, need_root=tall, token_count=known.token_count
+        )
+        found |= {name: spectrum(weights[name], target) for name in names}
+    return found
 
 
 def directions(
@@ -67,14 +69,6 @@ def influence(losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
             what the loss falls by with it, after those before it, and may be negative.
     """
     return {name: some - functional.pad(some[1:], (0, 1)) for name, some in losses.items()}
-
-
-def _target(known: Statistics, weights: Sequence[Tensor]) -> Target:
-    """Prepare the input-aware problem for the linears of one group."""
-    tall = any(weight.shape[0] > weight.shape[1] for weight in weights)
-    return prepare(
-        known.gram, cross_gram=None, blend=0.0, ridge=0.0, need_root=tall, token_count=known.token_count
-    )
 
 
 def relative_gradients(weights: Mapping[str, Tensor], norms: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -351,7 +351,7 @@ def _by_loss(inner: Solver, statistics: Statistics) -> Solver:
     """Let the errors of a solver's problem count by what they do to the loss."""
 
     def solve(name: str, weight: Tensor, rank: int) -> Solved:
-        root, _ = loss_metric(statistics.outer[name])
+        root = _loss_root(statistics.outer[name])
         factors, report = inner(name, root.mT @ weight.to(torch.float64), rank)
         u = torch.linalg.solve_triangular(root.mT, factors.u, upper=True)
         return Solved(factors._replace(u=u), report)
@@ -359,20 +359,20 @@ def _by_loss(inner: Solver, statistics: Statistics) -> Solver:
     return solve
 
 
-def loss_metric(outer: Tensor) -> tuple[Tensor, Tensor]:
-    """Return a root of `loss_aware`'s G and the scale that was taken out of it.
+def _loss_root(outer: Tensor) -> Tensor:
+    """Return a root of `loss_aware`'s G up to a scale: L with L Lᵀ in proportion to outer + floor.
 
     Args:
         outer: The second moment of the loss's gradient at a linear's outputs, (m, m) float64.
 
     Returns:
-        L with scale · L Lᵀ = outer + floor, lower triangular, (m, m); the mean of outer's diagonal.
+        L, lower triangular, (m, m).
     """
     # Scaled to a mean of one, so that u and v keep the scale of the layer's outputs.
     scale = outer.diagonal().mean().clamp_min(torch.finfo(outer.dtype).tiny)
     metric = outer / scale + _FISHER_FLOOR * torch.eye(len(outer), dtype=outer.dtype, device=outer.device)
     # Any root of G will do, and this one takes a fortieth of the time of its eigenvectors.
-    return torch.linalg.cholesky(metric), scale
+    return torch.linalg.cholesky(metric)
 
 
 # What prunes factorizes nothing.
