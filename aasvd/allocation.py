@@ -464,7 +464,7 @@ def optimal(problem: Problem) -> Allocation:
     (measure `influence`). Losses add up, so this is a knapsack of one option per linear, and is solved
     exactly. Large linears get round ranks (`_round_ranks`), and the bound in the notes is that of these.
     Where steps, or directions that are worth nothing, would leave the budget unmet, it is filled as far as
-    ranks allow.
+    ranks allow, even by directions of less worth than nothing: that is noise of the measurement.
     """
     options: list[list[int | None]] = []
     # By rank, what the directions up to there are worth together.

@@ -155,7 +155,8 @@ def truncation_losses(
 
     Args:
         block: The original block on `device`; its parameters need no gradients.
-        factors: By linear u (m, r) and v (r, n) whose product is its weight, the directions in their order.
+        factors: By linear u (m, r) and v (r, n), the directions in their order; with all of them no output
+            changes.
         inputs: Inputs of the block, (sequences, tokens, width).
         upstream: ∂loss/∂output of the block, of as many of its first sequences as are to count.
         arguments: The block's keyword arguments.
@@ -177,12 +178,12 @@ def truncation_losses(
         u, v = (factor.to(device, torch.float32) for factor in factors[name])
 
         def hook(_module: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
-            x = given[0].detach().flatten(0, -2).float()
+            x = given[0].detach().flatten(0, -2)
 
             def add(gradient: Tensor) -> None:
-                parts = (gradient.flatten(0, -2).float() @ u) * (x @ v.mT)
-                missing = parts.flip(1).cumsum(1).flip(1)
-                found[name] += missing.square().sum(0, dtype=torch.float64)
+                parts = (gradient.flatten(0, -2).float() @ u) * (x.float() @ v.mT)
+                missing = parts.flip(1).cumsum(1)
+                found[name] += missing.square().sum(0, dtype=torch.float64).flip(0)
 
             output.register_hook(add)  # type: ignore[no-untyped-call]
 

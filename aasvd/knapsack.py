@@ -18,7 +18,7 @@ Integers = NDArray[np.int64]
 
 # Partial solutions looked at for one item: first few, which finds a solution so good that little is left for
 # the exhaustive search to look at. Beyond the last number it goes on with the best, and says so: an item of a
-# 7B model has thousands of options, and where spectra are nearly equal all of them are left.
+# 7B model has hundreds of options, and where spectra are nearly equal all of them are left.
 _LOOKED_AT = (10_000, 5_000_000)
 
 

@@ -42,9 +42,9 @@ def spectra(weights: Mapping[str, Tensor], groups: Groups) -> dict[str, Tensor]:
 def directions(
     weights: Mapping[str, Tensor], groups: Groups, *, objective: str
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return all directions of every linear, u (m, r) and v (r, n) with r = min(m, n), u v = W.
+    """Return all directions of every linear, u (m, r) and v (r, n) with r = min(m, n), in float32.
 
-    The solution of a smaller rank is the first of them.
+    The solution of a smaller rank is the first of them. Of all, u v X = W X; where X has full rank, u v = W.
 
     Args:
         weights: Weight of every linear.
@@ -56,7 +56,7 @@ def directions(
         solve = solver(objective, known, options=Options(blend=0.0, ridge=0.0))
         for name in names:
             factors = solve(name, weights[name], min(weights[name].shape)).factors
-            found[name] = factors.u, factors.v
+            found[name] = factors.u.float(), factors.v.float()
     return found
 
 

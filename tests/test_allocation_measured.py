@@ -72,7 +72,8 @@ class Trained(NamedTuple):
         for layer, weight, known, (x, g) in zip(
             self.layers, self.weights, self.statistics, self.rows, strict=True
         ):
-            u, v = measures.directions({"w": weight}, {("w",): known}, objective=objective)["w"]
+            found = measures.directions({"w": weight}, {("w",): known}, objective=objective)["w"]
+            u, v = (factor.double() for factor in found)
             lost = [g.mul(x @ (u[:, k:] @ v[k:]).T).sum(1).square().mean() / 2 for k in range(len(v))]
             influence[layer.block][layer.name] = measures.influence({"w": torch.stack(lost)})["w"]
         return {**self.measured, "influence": influence}

@@ -14,7 +14,7 @@ def problem(seed: int) -> tuple[list[np.ndarray], list[np.ndarray], int]:
     costs, values = [], []
     for _ in range(chance.integers(1, 5)):
         count, unit = chance.integers(1, 7), chance.integers(1, 9)
-        gains = chance.random(count)
+        gains = chance.random(count) - (0.4 if seed % 7 == 0 else 0.0)  # measured worth may be below nothing
         cost, value = np.arange(1, count + 1) * unit, np.cumsum(np.sort(gains)[::-1] if seed % 2 else gains)
         if seed % 3 == 0:
             cost = np.append(cost, cost[-1] + chance.integers(1, 5))

@@ -1,7 +1,7 @@
 """Stages that choose ranks: what an allocation looks at, block by block, and the allocation."""
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from aasvd import allocation, blocks, calibration, gradients, measures, objectives, progress, truncation
+from aasvd import (
+    allocation,
+    blocks,
+    calibration,
+    gradients,
+    measures,
+    methods,
+    objectives,
+    progress,
+    truncation,
+)
 from aasvd.artifacts import Activations, read_json, read_tensors, write_json, write_tensors
 from aasvd.rank import uniform_rank
 from aasvd.stages.loading import Block, load_model, model_folder, statistics_of
@@ -47,17 +57,16 @@ def measure_block(
             assert x is not None and outputs
             found = measures.profile(x, Activations(Path(outputs)), device=around.device)
             return write_tensors(Path(output), found)
-        groups = statistics_of(covariances, gradients=gradients, device=around.device)
+        if kind == "influence":
+            assert x is not None and upstream
+            factors = _directions(around, covariances, gradients, objective=number)
+            found = _influence(around, factors, x, Activations(Path(upstream)))
+            return write_tensors(Path(output), found)
+        groups = statistics_of(covariances, device=around.device)
         statistics = {name: known for group, known in groups.items() for name in group}
-        # As they are stored, whatever type the passes have.
-        linears = blocks.linears(around.original(torch.float32))
-        weights = {name: linears[name].weight for name in statistics}
+        weights = _weights(around, statistics)
         if kind == "spectra":
             found = measures.spectra(weights, groups)
-        elif kind == "influence":
-            assert x is not None and upstream
-            factors = measures.directions(weights, groups, objective=number)
-            found = _influence(around, factors, x, Activations(Path(upstream)))
         elif kind == "relative_gradients":
             norms = read_tensors(Path(fisher or ""), device=around.device)
             found = measures.relative_gradients(weights, norms)
@@ -65,6 +74,22 @@ def measure_block(
             assert x is not None and tokens
             found = _sensitivity(around, weights, statistics, x, Path(tokens), int(number))
         write_tensors(Path(output), found)
+
+
+def _weights(around: Block, names: Iterable[str]) -> dict[str, Tensor]:
+    """Return linears' weights as they are stored, whatever type the passes have."""
+    linears = blocks.linears(around.original(torch.float32))
+    return {name: linears[name].weight for name in names}
+
+
+def _directions(
+    around: Block, covariances: str, gradients: str | None, *, objective: str
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return all directions of the block's linears; what they are made from is gone before any pass."""
+    needed = gradients if "gradients" in methods.OBJECTIVES[objective].needs else None
+    groups = statistics_of(covariances, gradients=needed, device=around.device)
+    weights = _weights(around, (name for group in groups for name in group))
+    return measures.directions(weights, groups, objective=objective)
 
 
 def _influence(
