@@ -4,7 +4,11 @@ import logging
 import os
 from pathlib import Path
 
+import yaml
+
 from aasvd import layout, params
+
+_PIPELINE = "dvc.yaml"
 
 _logger = logging.getLogger(__name__)
 
@@ -33,7 +37,7 @@ def commit() -> list[str]:
     Returns:
         The names of the stages that were recorded.
     """
-    if "DVC_STAGE" in os.environ or not Path(".dvc").is_dir() or not Path("dvc.yaml").exists():
+    if "DVC_STAGE" in os.environ or not Path(".dvc").is_dir() or not Path(_PIPELINE).exists():
         return []
     # Imported here: DVC takes a second, and only finished runs need it.
     from dvc.repo import Repo
@@ -45,11 +49,19 @@ def commit() -> list[str]:
         for name in config["runs"]
         if phases == list(layout.PHASES) and _published(config, params.parse_run(config, name))
     ]
+    names = [*phases, *published]
+    # DVC reads and writes all of dvc.lock for every target, which takes it a second or more.
+    together = len(names) == len(layout.PHASES) + len(config["runs"]) and _declares_ours_alone()
     with Repo() as repo:
-        for name in [*phases, *published]:
-            repo.commit(target=name, force=True)
-    _logger.info("recorded with DVC: %s", ", ".join([*phases, *published]) or "nothing")
-    return [*phases, *published]
+        for target in [_PIPELINE] if together else names:
+            repo.commit(target=target, force=True)
+    _logger.info("recorded with DVC: %s", ", ".join(names) or "nothing")
+    return names
+
+
+def _declares_ours_alone() -> bool:
+    """Tell whether dvc.yaml has no stage of the user's own: what it made is not known to be up to date."""
+    return set(yaml.safe_load(Path(_PIPELINE).read_text())["stages"]) == {*layout.PHASES, "publish"}
 
 
 def _published(config: params.Config, run: params.Run) -> bool:

@@ -1,3 +1,4 @@
+import shutil
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -42,7 +43,7 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     monkeypatch.setattr(dvc.repo, "Repo", _Repo)
     made = merged(yaml.safe_load((ROOT / "params.yaml").read_text()), SETTINGS)
     Path("params.yaml").write_text(yaml.safe_dump(made))
-    Path("dvc.yaml").touch()
+    shutil.copyfile(ROOT / "dvc.yaml", "dvc.yaml")
     Path(".dvc").mkdir()
     run = params.parse_run(made, RUN)
     paths = layout.Paths(made, run)
@@ -60,7 +61,15 @@ def _lose(config: dict[str, Any], phase: str) -> None:
     Path(layout.phase_targets(config, run, phase, blocks=lambda: 2)[-1]).unlink()
 
 
-def test_everything_finished_is_recorded_in_the_order_of_the_pipeline(config: dict[str, Any]) -> None:
+def test_everything_finished_is_recorded_at_once(config: dict[str, Any]) -> None:
+    assert versioning.commit() == [*layout.PHASES, f"publish@{RUN}"]
+    assert _Repo.committed == [("dvc.yaml", True)]
+
+
+def test_a_stage_of_the_users_own_is_not_recorded_with_ours(config: dict[str, Any]) -> None:
+    declared = yaml.safe_load(Path("dvc.yaml").read_text())
+    declared["stages"]["plot"] = {"cmd": "python plot.py"}
+    Path("dvc.yaml").write_text(yaml.safe_dump(declared))
     names = [*layout.PHASES, f"publish@{RUN}"]
     assert versioning.commit() == names
     assert _Repo.committed == [(name, True) for name in names]
@@ -71,7 +80,9 @@ def test_an_unfinished_phase_is_not_recorded_nor_anything_published(
     config: dict[str, Any], phase: str
 ) -> None:
     _lose(config, phase)
-    assert versioning.commit() == [name for name in layout.PHASES if name != phase]
+    names = [name for name in layout.PHASES if name != phase]
+    assert versioning.commit() == names
+    assert _Repo.committed == [(name, True) for name in names]
 
 
 def test_numbers_are_read_as_the_run_read_them(config: dict[str, Any]) -> None:
