@@ -51,7 +51,7 @@ def commit() -> list[str]:
     ]
     names = [*phases, *published]
     # DVC reads and writes all of dvc.lock for every target, which takes it a second or more.
-    together = len(names) == len(layout.PHASES) + len(config["runs"]) and _declares_ours_alone()
+    together = len(published) == len(config["runs"]) and _declares_ours_alone()
     with Repo() as repo:
         for target in [_PIPELINE] if together else names:
             repo.commit(target=target, force=True)
